@@ -1,0 +1,673 @@
+"""Who may look at whom: one `Mask` type that every attention backend reads.
+
+A mask is a *rule*, not a matrix. It answers one question, "may this query look at this key?",
+for any batch element, head, query position and key position. Backends ask it for the form they
+need: `dense` for the reference and SDPA, `mask_mod` and `block_mask` for FlexAttention, `tiles`
+for blockwise code. Rules combine with `&`, `|` and `~`.
+
+**True = may attend**, everywhere.
+
+Positions are aligned at the **bottom right**: with n_q queries and n_k keys, query i stands at
+position i + n_k - n_q of the keys' sequence. The last query sits on the last key, which is what
+decoding with a key/value cache needs.
+
+    >>> (causal() & padding([2, 3])).dense(3, 3)[0, 0].int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 0]], dtype=torch.int32)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+__all__ = [
+    "Mask",
+    "Tiles",
+    "bigbird",
+    "causal",
+    "documents",
+    "from_dense",
+    "longformer",
+    "padding",
+    "prefix",
+    "sliding_window",
+]
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, head, query index, key index) -> bool; integer tensors that broadcast together."""
+
+
+class Mask:
+    """A rule that says which query may look at which key. Build one with the functions below.
+
+    `batch_size` and `num_heads` are None where the rule is the same for every batch element or
+    head; otherwise they say for how many it was made.
+    """
+
+    batch_size: int | None = None
+    num_heads: int | None = None
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        """The rule as a function for sequences of n_q queries and n_k keys.
+
+        This is FlexAttention's `mask_mod`: it takes (batch, head, query index, key index), integer
+        tensors that broadcast, and returns bool. Raises ValueError where the rule cannot apply to
+        these lengths.
+        """
+        raise NotImplementedError
+
+    def dense(
+        self, n_q: int, n_k: int, device: torch.device | str | None = None
+    ) -> Bool[Tensor, "batch_or_1 heads_or_1 n_q n_k"]:
+        """The rule written out as a bool matrix, True = may attend.
+
+        Always 4-D, with size 1 where the rule does not depend on the batch element or the head, so
+        that it broadcasts to (batch, heads, n_q, n_k).
+        """
+        rule = self.mask_mod(_length("n_q", n_q), _length("n_k", n_k), device)
+        return self._evaluate(rule, torch.arange(n_q, device=device), n_k, device)
+
+    def block_mask(
+        self,
+        n_q: int,
+        n_k: int,
+        device: torch.device | str | None = None,
+        block_size: int = 128,
+    ) -> BlockMask:
+        """The rule as FlexAttention's `BlockMask` (blocks of block_size x block_size)."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(
+            self.mask_mod(n_q, n_k, device),
+            B=self.batch_size,
+            H=self.num_heads,
+            Q_LEN=n_q,
+            KV_LEN=n_k,
+            device=str(device or "cpu"),
+            BLOCK_SIZE=block_size,
+        )
+
+    def tiles(
+        self,
+        n_q: int,
+        n_k: int,
+        block_q: int = 64,
+        block_k: int = 64,
+        device: torch.device | str | None = None,
+    ) -> Tiles:
+        """Which block_q x block_k tiles are empty, full or partial: what blockwise kernels read.
+
+        Works one row of tiles at a time, so memory grows with n_k and not with n_q * n_k. Lengths
+        need not be multiples of the block sizes; positions beyond the end do not count.
+        """
+        for name, size in (("block_q", block_q), ("block_k", block_k)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive int, got {size!r}")
+        return _build_tiles(self, n_q, n_k, block_q, block_k, device)
+
+    def _evaluate(
+        self, rule: MaskMod, queries: Tensor, n_k: int, device: torch.device | str | None
+    ) -> Tensor:
+        b = torch.arange(self.batch_size or 1, device=device).view(-1, 1, 1, 1)
+        h = torch.arange(self.num_heads or 1, device=device).view(1, -1, 1, 1)
+        i = queries.view(1, 1, -1, 1)
+        j = torch.arange(n_k, device=device).view(1, 1, 1, -1)
+        visible = rule(b, h, i, j)
+        return visible.expand(b.shape[0], h.shape[1], len(queries), n_k)
+
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        """Both rules must allow the pair."""
+        return _Combined(self, _as_mask(other), "&")
+
+    def __or__(self, other: Mask | Tensor) -> Mask:
+        """Either rule may allow the pair."""
+        return _Combined(self, _as_mask(other), "|")
+
+    def __invert__(self) -> Mask:
+        """The pairs this rule forbids."""
+        return _Not(self)
+
+
+# --- the rules ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Causal(Mask):
+    """See `causal`."""
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        shift = n_k - n_q
+        return lambda b, h, i, j: j <= i + shift
+
+    def __repr__(self) -> str:
+        return "causal()"
+
+
+@dataclass(frozen=True, eq=False)
+class SlidingWindow(Mask):
+    """See `sliding_window`."""
+
+    left: int
+    right: int
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        shift = n_k - n_q
+        left, right = shift - self.left, shift + self.right
+        return lambda b, h, i, j: (i + left <= j) & (j <= i + right)
+
+    def __repr__(self) -> str:
+        return f"sliding_window(left={self.left}, right={self.right})"
+
+
+@dataclass(frozen=True, eq=False)
+class Padding(Mask):
+    """See `padding`."""
+
+    lengths: Int[Tensor, " batch"]
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        return len(self.lengths)
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        lengths = self.lengths.to(device)
+        return lambda b, h, i, j: j < lengths[b]
+
+    def __repr__(self) -> str:
+        return f"padding({self.lengths.tolist()})"
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix(Mask):
+    """See `prefix`."""
+
+    lengths: Int[Tensor, " batch"]
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        return len(self.lengths)
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        lengths, shift = self.lengths.to(device), n_k - n_q
+        return lambda b, h, i, j: (j < lengths[b]) | (j <= i + shift)
+
+    def __repr__(self) -> str:
+        return f"prefix({self.lengths.tolist()})"
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Mask):
+    """See `documents`."""
+
+    ids: Int[Tensor, "batch n_k"]
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        return len(self.ids)
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        if self.ids.shape[1] != n_k or n_q > n_k:
+            raise ValueError(
+                f"documents: ids have shape {tuple(self.ids.shape)} (batch, n_k) and serve "
+                f"n_k = {self.ids.shape[1]} keys and at most as many queries; got n_q = {n_q}, "
+                f"n_k = {n_k}"
+            )
+        ids, shift = self.ids.to(device), n_k - n_q
+        return lambda b, h, i, j: ids[b, i + shift] == ids[b, j]
+
+    def __repr__(self) -> str:
+        return f"documents(ids of shape {tuple(self.ids.shape)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Longformer(Mask):
+    """See `longformer`."""
+
+    window: int
+    global_tokens: Tensor  # 1-D positions, or bool (batch, n_k)
+
+    @property
+    def batch_size(self) -> int | None:  # type: ignore[override]
+        return len(self.global_tokens) if self.global_tokens.dtype == torch.bool else None
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        near = sliding_window(self.window, self.window).mask_mod(n_q, n_k, device)
+        is_global, shift = self._flags(n_k).to(device), n_k - n_q  # (batch or 1, n_k)
+        per_batch = self.batch_size is not None
+
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            row = b if per_batch else torch.zeros_like(b)
+            position = i + shift
+            # A query before the first key (n_q > n_k) stands outside and cannot be global.
+            query_is_global = is_global[row, position.clamp(min=0)] & (position >= 0)
+            return near(b, h, i, j) | query_is_global | is_global[row, j]
+
+        return rule
+
+    def _flags(self, n_k: int) -> Tensor:
+        """Bool (batch or 1, n_k): which positions are global."""
+        if self.global_tokens.dtype == torch.bool:
+            if self.global_tokens.shape[1] != n_k:
+                raise ValueError(
+                    f"longformer: global_tokens has shape {tuple(self.global_tokens.shape)} "
+                    f"(batch, n_k), but there are n_k = {n_k} keys"
+                )
+            return self.global_tokens
+        outside = self.global_tokens[self.global_tokens >= n_k]
+        if len(outside):
+            raise ValueError(
+                f"longformer: global_tokens {outside.tolist()} lie outside the sequence of "
+                f"{n_k} keys (positions 0 to {n_k - 1})"
+            )
+        flags = torch.zeros(1, n_k, dtype=torch.bool, device=self.global_tokens.device)
+        flags[0, self.global_tokens] = True
+        return flags
+
+    def __repr__(self) -> str:
+        bool_mask = self.global_tokens.dtype == torch.bool
+        tokens = tuple(self.global_tokens.shape) if bool_mask else self.global_tokens.tolist()
+        return f"longformer(window={self.window}, global_tokens={tokens})"
+
+
+@dataclass(frozen=True, eq=False)
+class BigBird(Mask):
+    """See `bigbird`."""
+
+    block_size: int
+    window_blocks: int
+    global_blocks: int
+    random_blocks: int
+    seed: int
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        if n_q > n_k:
+            raise ValueError(f"bigbird needs n_q <= n_k, got n_q = {n_q}, n_k = {n_k}")
+        table = self.block_table(math.ceil(n_k / self.block_size)).to(device)
+        shift, size = n_k - n_q, self.block_size
+        return lambda b, h, i, j: table[(i + shift) // size, j // size]
+
+    def block_table(self, num_blocks: int) -> Bool[Tensor, "num_blocks num_blocks"]:
+        """Which block of queries sees which block of keys; the same at every call."""
+        block = torch.arange(num_blocks)
+        table = (block[:, None] - block[None, :]).abs() <= self.window_blocks // 2
+        table |= (block[:, None] < self.global_blocks) | (block[None, :] < self.global_blocks)
+        generator = torch.Generator().manual_seed(self.seed)
+        # One random order of the keys' blocks per row; the first unseen ones are the random blocks.
+        order = torch.rand(num_blocks, num_blocks, generator=generator)
+        order[table] = math.inf
+        rank = order.argsort(dim=1).argsort(dim=1)
+        return table | (rank < self.random_blocks)
+
+    def __repr__(self) -> str:
+        return (
+            f"bigbird({self.block_size}, window_blocks={self.window_blocks}, global_blocks="
+            f"{self.global_blocks}, random_blocks={self.random_blocks}, seed={self.seed})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FromDense(Mask):
+    """See `from_dense`."""
+
+    tensor: Bool[Tensor, "batch_or_1 heads_or_1 n_q n_k"]
+
+    @property
+    def batch_size(self) -> int | None:  # type: ignore[override]
+        return self.tensor.shape[0] if self.tensor.shape[0] != 1 else None
+
+    @property
+    def num_heads(self) -> int | None:  # type: ignore[override]
+        return self.tensor.shape[1] if self.tensor.shape[1] != 1 else None
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        table = self._fitting(n_q, n_k).to(device)
+        last = [size - 1 for size in table.shape]  # a dimension of size 1 answers for all
+
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            b, h, i, j = (
+                x.clamp(max=m) if m == 0 else x for x, m in zip((b, h, i, j), last, strict=True)
+            )
+            return table[b, h, i, j]
+
+        return rule
+
+    def dense(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> Tensor:
+        """The tensor itself, without a copy."""
+        return self._fitting(n_q, n_k).to(device).expand(-1, -1, n_q, n_k)
+
+    def _fitting(self, n_q: int, n_k: int) -> Tensor:
+        if any(have not in (1, want) for have, want in zip(self.tensor.shape[2:], (n_q, n_k), strict=True)):
+            raise ValueError(
+                f"mask has shape {tuple(self.tensor.shape)} (batch, heads, n_q, n_k), but there "
+                f"are n_q = {n_q} queries and n_k = {n_k} keys"
+            )
+        return self.tensor
+
+    def __repr__(self) -> str:
+        return f"from_dense(bool tensor of shape {tuple(self.tensor.shape)})"
+
+
+@dataclass(frozen=True, eq=False)
+class _Combined(Mask):
+    first: Mask
+    second: Mask
+    operator: str  # "&" or "|"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_heads"):  # clash is found here, not at the first use
+            _agreed(name, self.first, self.second)
+
+    @property
+    def batch_size(self) -> int | None:  # type: ignore[override]
+        return _agreed("batch_size", self.first, self.second)
+
+    @property
+    def num_heads(self) -> int | None:  # type: ignore[override]
+        return _agreed("num_heads", self.first, self.second)
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        first = self.first.mask_mod(n_q, n_k, device)
+        second = self.second.mask_mod(n_q, n_k, device)
+        if self.operator == "&":
+            return lambda b, h, i, j: first(b, h, i, j) & second(b, h, i, j)
+        return lambda b, h, i, j: first(b, h, i, j) | second(b, h, i, j)
+
+    def __repr__(self) -> str:
+        return f"({self.first!r} {self.operator} {self.second!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class _Not(Mask):
+    inner: Mask
+
+    @property
+    def batch_size(self) -> int | None:  # type: ignore[override]
+        return self.inner.batch_size
+
+    @property
+    def num_heads(self) -> int | None:  # type: ignore[override]
+        return self.inner.num_heads
+
+    def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
+        inner = self.inner.mask_mod(n_q, n_k, device)
+        return lambda b, h, i, j: ~inner(b, h, i, j)
+
+    def __repr__(self) -> str:
+        return f"~{self.inner!r}"
+
+
+# --- the constructors ------------------------------------------------------------------------
+
+
+def causal() -> Mask:
+    """Nobody looks ahead: query i sees keys up to i + n_k - n_q.
+
+    Source: "Attention Is All You Need", Vaswani et al. 2017, section 3.2.3.
+    """
+    return Causal()
+
+
+def padding(lengths: Sequence[int] | Tensor) -> Mask:
+    """Keys at or beyond a sequence's length are invisible.
+
+    lengths: one int per batch element, at least 0; a length of 0 leaves nothing to see.
+    """
+    return Padding(_int_vector("lengths", lengths))
+
+
+def prefix(lengths: Sequence[int] | Tensor) -> Mask:
+    """The first `lengths[b]` keys are visible to all; the rest is causal (prefix language model).
+
+    Source: "Exploring the Limits of Transfer Learning", Raffel et al. 2020, section 3.2.1.
+    """
+    return Prefix(_int_vector("lengths", lengths))
+
+
+def sliding_window(left: int, right: int) -> Mask:
+    """Query i sees keys from i - left to i + right, both included.
+
+    i is counted from the bottom-right alignment. `sliding_window(w, 0)` is causal with a window of
+    w + 1 keys. Source: "Longformer", Beltagy et al. 2020, section 3.1.
+    """
+    return SlidingWindow(_length("left", left), _length("right", right))
+
+
+def documents(ids: Sequence[Sequence[int]] | Tensor) -> Mask:
+    """Only keys of the same document are visible: several texts packed into one sequence.
+
+    ids: integers (batch, n_k), one document number per position. Combine with `causal()` for
+    language models: `documents(ids) & causal()`.
+    """
+    tensor = torch.as_tensor(ids)
+    if tensor.ndim != 2 or _is_not_integer(tensor):
+        raise ValueError(
+            f"ids must be integers of shape (batch, n_k), got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
+        )
+    return Documents(tensor)
+
+
+def longformer(window: int, global_tokens: Iterable[int] | Tensor = ()) -> Mask:
+    """`window` keys on each side, and global tokens that attend to all and are attended to by all.
+
+    window: at least 0 (0 = only itself). global_tokens: positions, counted from the first key; or
+    a bool tensor (batch, n_k) that marks them, when they differ between batch elements.
+    Combine with `causal()` for language models.
+    Source: "Longformer", Beltagy et al. 2020, section 3.1.
+    """
+    if isinstance(global_tokens, int):
+        raise TypeError(
+            f"global_tokens must be a collection of positions, got the int {global_tokens}: write "
+            f"[{global_tokens}] for that one position, range({global_tokens}) for the first ones"
+        )
+    if isinstance(global_tokens, Tensor) and global_tokens.dtype == torch.bool:
+        if global_tokens.ndim != 2:
+            raise ValueError(
+                "a bool global_tokens must have shape (batch, n_k), got "
+                f"{tuple(global_tokens.shape)}"
+            )
+        return Longformer(_length("window", window), global_tokens)
+    if not isinstance(global_tokens, Tensor):
+        global_tokens = list(global_tokens)
+    return Longformer(_length("window", window), _int_vector("global_tokens", global_tokens))
+
+
+def bigbird(
+    block_size: int,
+    *,
+    window_blocks: int = 3,
+    global_blocks: int = 2,
+    random_blocks: int = 3,
+    seed: int = 0,
+) -> Mask:
+    """Blocks of positions see a window, a few global blocks and a few random ones.
+
+    Per block of queries: the `window_blocks` around it (odd, itself in the middle), the first
+    `global_blocks` (which also see everything), and `random_blocks` more, drawn from `seed` and the
+    same at every call and in every head. The last block may be ragged.
+    Source: "Big Bird", Zaheer et al. 2020, section 2.
+    """
+    if _length("block_size", block_size) < 1:
+        raise ValueError("block_size must be at least 1, got 0")
+    if _length("window_blocks", window_blocks) % 2 == 0:
+        raise ValueError(f"window_blocks must be odd (a block is in the middle): {window_blocks}")
+    global_blocks = _length("global_blocks", global_blocks)
+    random_blocks = _length("random_blocks", random_blocks)
+    return BigBird(block_size, window_blocks, global_blocks, random_blocks, seed)
+
+
+def from_dense(tensor: Tensor) -> Mask:
+    """A mask from a bool tensor (n_q, n_k) or (batch, heads, n_q, n_k), True = may attend.
+
+    Any dimension may be 1 to broadcast. Three dimensions are refused: it could not be told whether
+    the first one means batch or heads.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor or a Mask, got {type(tensor).__name__}")
+    if tensor.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool (True = may attend), got {tensor.dtype}; numbers that are added "
+            "to the scores go in bias"
+        )
+    if tensor.ndim not in (2, 4):
+        raise ValueError(
+            "mask must have shape (n_q, n_k) or (batch, heads, n_q, n_k), got "
+            f"{tuple(tensor.shape)}"
+        )
+    return FromDense(tensor if tensor.ndim == 4 else tensor[None, None])
+
+
+# --- tiles ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A mask cut into tiles of block_q x block_k; empty tiles are in no list.
+
+    For batch element b, head h and row r of query tiles, the keys' tiles to visit are
+    `full[b, h, r, :num_full[b, h, r]]`, which need no masking, and
+    `partial[b, h, r, :num_partial[b, h, r]]`, where `patterns[pattern[b, h, r, k]]` says which
+    pairs of the k-th of them are visible. Most partial tiles of a real mask repeat (a causal mask
+    has one), so `patterns` is small. batch and heads are 1 where the rule does not depend on them.
+    Entries beyond the counts are 0.
+    """
+
+    n_q: int
+    n_k: int
+    block_q: int
+    block_k: int
+    num_full: Int[Tensor, "batch heads rows"]
+    full: Int[Tensor, "batch heads rows max_full"]
+    num_partial: Int[Tensor, "batch heads rows"]
+    partial: Int[Tensor, "batch heads rows max_partial"]
+    pattern: Int[Tensor, "batch heads rows max_partial"]
+    patterns: Bool[Tensor, "num_patterns block_q block_k"]
+
+    def dense(self) -> Bool[Tensor, "batch heads n_q n_k"]:
+        """The mask put together again: the inverse of `Mask.tiles`, for tests and pictures."""
+        batch, heads, rows = self.num_full.shape
+        columns = math.ceil(self.n_k / self.block_k)
+        device = self.full.device
+        whole = torch.zeros(
+            batch, heads, rows, columns, self.block_q, self.block_k, dtype=torch.bool, device=device
+        )
+        b, h, r, k = _listed(self.num_full, self.full.shape[-1])
+        whole[b, h, r, self.full[b, h, r, k].long()] = True
+        b, h, r, k = _listed(self.num_partial, self.partial.shape[-1])
+        seen = self.patterns[self.pattern[b, h, r, k].long()]
+        whole[b, h, r, self.partial[b, h, r, k].long()] = seen
+        # (b, h, rows, columns, block_q, block_k) -> (b, h, rows * block_q, columns * block_k)
+        whole = whole.transpose(3, 4).reshape(batch, heads, rows * self.block_q, -1)
+        return whole[:, :, : self.n_q, : self.n_k]
+
+
+def _listed(count: Tensor, width: int) -> tuple[Tensor, ...]:
+    """The indices (batch, head, row, k) of the entries that the counts declare valid."""
+    valid = torch.arange(width, device=count.device) < count[..., None]
+    return valid.nonzero(as_tuple=True)
+
+
+def _build_tiles(
+    mask: Mask, n_q: int, n_k: int, block_q: int, block_k: int, device: torch.device | str | None
+) -> Tiles:
+    rule = mask.mask_mod(_length("n_q", n_q), _length("n_k", n_k), device)
+    shape = (mask.batch_size or 1, mask.num_heads or 1, math.ceil(n_q / block_q))
+    full = torch.zeros(*shape, math.ceil(n_k / block_k), dtype=torch.bool, device=device)
+    partial, names = full.clone(), full.long()
+    tables = [torch.zeros(0, block_q, block_k, dtype=torch.bool, device=device)]
+    width = (n_k - torch.arange(0, n_k, block_k, device=device)).clamp(max=block_k)
+    for r in range(shape[2]):
+        queries = torch.arange(r * block_q, min((r + 1) * block_q, n_q), device=device)
+        row = _cut(mask._evaluate(rule, queries, n_k, device), block_q, block_k)
+        visible = row.sum((3, 4))  # (batch, heads, columns): pairs in each tile
+        full[:, :, r] = visible == len(queries) * width
+        partial[:, :, r] = (visible > 0) & ~full[:, :, r]
+        # The distinct partial tiles of this row, and which of them each partial tile is.
+        table, which = torch.unique(row[partial[:, :, r]], dim=0, return_inverse=True)
+        names[:, :, r][partial[:, :, r]] = which + sum(len(t) for t in tables)
+        tables.append(table)
+    patterns, which = torch.unique(torch.cat(tables), dim=0, return_inverse=True)
+    names[partial] = which[names[partial]]
+    full_index, num_full = _compress(full)
+    partial_index, num_partial = _compress(partial)
+    pattern = names.gather(3, partial_index.long()).int()
+    return Tiles(
+        n_q=n_q, n_k=n_k, block_q=block_q, block_k=block_k,
+        num_full=num_full, full=full_index,
+        num_partial=num_partial, partial=partial_index, pattern=pattern, patterns=patterns,
+    )  # fmt: skip
+
+
+def _cut(visible: Tensor, block_q: int, block_k: int) -> Tensor:
+    """(batch, heads, rows <= block_q, n_k) -> (batch, heads, columns, block_q, block_k)."""
+    batch, heads, rows, n_k = visible.shape
+    columns = math.ceil(n_k / block_k)
+    room = torch.zeros(
+        batch, heads, block_q, columns * block_k, dtype=torch.bool, device=visible.device
+    )
+    room[:, :, :rows, :n_k] = visible
+    return room.view(batch, heads, block_q, columns, block_k).transpose(2, 3)
+
+
+def _compress(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool (..., columns) -> (the True columns first to last, padded with 0; how many there are)."""
+    count = flags.sum(-1)
+    width = int(count.max()) if count.numel() else 0
+    columns = torch.arange(flags.shape[-1], device=flags.device).expand(flags.shape)
+    # Sorting with the unset columns pushed to the end keeps the set ones in order.
+    order = torch.where(flags, columns, flags.shape[-1]).sort(-1).values[..., :width]
+    return order.where(order < flags.shape[-1], 0).int(), count.int()
+
+
+# --- checks of arguments ----------------------------------------------------------------------
+
+
+def _as_mask(other: Mask | Tensor) -> Mask:
+    return other if isinstance(other, Mask) else from_dense(other)
+
+
+def _agreed(name: str, first: Mask, second: Mask) -> int | None:
+    a, b = getattr(first, name), getattr(second, name)
+    if a is not None and b is not None and a != b:
+        raise ValueError(
+            f"masks of different {name} cannot be combined: {first} has {a}, {second} has {b}"
+        )
+    return a if b is None else b
+
+
+def _length(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
+def _is_not_integer(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+
+
+def _int_vector(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    tensor = torch.as_tensor(values)
+    if tensor.numel() == 0:
+        tensor = tensor.long()
+    if tensor.ndim != 1 or _is_not_integer(tensor):
+        raise ValueError(
+            f"{name} must be a 1-D collection of ints, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
+        )
+    if (tensor < 0).any():
+        raise ValueError(f"{name} must be at least 0, got {tensor.tolist()}")
+    return tensor.long()
+

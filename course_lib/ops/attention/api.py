@@ -1,0 +1,125 @@
+"""`attention`: check the arguments, choose a backend, call it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ...masks import Mask
+from . import flex, reference, sdpa
+from .inputs import Inputs, check
+
+BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference, "flex": flex}
+"""By preference of "auto" on a CPU. Each module has `unsupported(inputs)` and `attention(inputs)`."""
+
+PLANNED = {
+    "tiled": "the blockwise PyTorch backend is not part of this version of course_lib",
+    "triton": "the Triton backend is not part of this version of course_lib",
+}
+
+
+class BackendUnsupportedError(RuntimeError):
+    """The backend asked for by name cannot serve this call; the message says why."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+    generator: torch.Generator | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    r"""Scaled dot-product attention: softmax(Q Kᵀ · scale + bias) V over the keys the mask shows.
+
+    Source: "Attention Is All You Need", Vaswani et al. 2017, section 3.2.1, equation 1.
+
+    Args:
+        query: (batch, heads, n_q, d_k).
+        key: (batch, kv_heads, n_k, d_k). Fewer key/value heads than query heads are grouped
+            queries: heads / kv_heads neighbouring query heads share one (Ainslie et al. 2023).
+        value: (batch, kv_heads, n_k, d_v).
+        mask: who may look at whom, a `masks.Mask` or a bool tensor (n_q, n_k) or
+            (batch, heads, n_q, n_k); **True = may attend**.
+        bias: added to the scaled scores, broadcasts to (batch, heads, n_q, n_k), gets a gradient.
+        scale: factor on Q Kᵀ; 1/√d_k unless given.
+        dropout_p: probability of dropping a weight. Applied at every call: pass 0 when evaluating.
+        return_weights: also return the weights (before dropout).
+        return_lse: also return the log of the sum of exp(scores), natural logarithm.
+        backend: "auto", "reference", "sdpa" or "flex". One asked for by name never falls back.
+        generator: source of the dropout's randomness; torch's default generator unless given.
+
+    Returns:
+        output (batch, heads, n_q, d_v) in the query's dtype (under torch.autocast in autocast's);
+        then, if asked for, weights (batch, heads, n_q, n_k) and lse (batch, heads, n_q).
+
+        Softmax and sums run in float32 or better. A query that may see no key gets output 0,
+        weights 0, lse -inf and gradient 0, never NaN. NaN or inf in a key or value that a query
+        may not see never reaches its output; in one that it may see, its output is NaN.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, rank, shape or device.
+        BackendUnsupportedError: the backend asked for cannot serve this call.
+    """
+    inputs = check(
+        query, key, value, mask, bias, scale, dropout_p, return_weights, return_lse, generator
+    )
+    module = BACKENDS[_choose(inputs, backend)]
+    with torch.autocast(inputs.query.device.type, enabled=False):  # `check` has cast already
+        output, weights, lse = module.attention(inputs)
+    extras = [x for x, wanted in ((weights, return_weights), (lse, return_lse)) if wanted]
+    return (output, *extras) if extras else output
+
+
+def explain_backends(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[str, str]:
+    """For each backend "ok", or the reason why it cannot serve this call of `attention`.
+
+    In the order of preference: "auto" takes the first that is "ok". Takes the arguments of
+    `attention` and raises the same errors for bad ones.
+    """
+    inputs = check(
+        query, key, value, mask, bias, scale, dropout_p, return_weights, return_lse, generator
+    )
+    return {name: _reason(inputs, name) or "ok" for name in _preference(inputs)} | PLANNED
+
+
+def _preference(inputs: Inputs) -> list[str]:
+    # On a GPU FlexAttention is fused and skips empty blocks; on a CPU it is a slow emulation.
+    order = list(BACKENDS)
+    return order if inputs.query.device.type == "cpu" else ["sdpa", "flex", "reference"]
+
+
+def _reason(inputs: Inputs, name: str) -> str | None:
+    return BACKENDS[name].unsupported(inputs)
+
+
+def _choose(inputs: Inputs, backend: str) -> str:
+    if backend == "auto":
+        return next(name for name in _preference(inputs) if _reason(inputs, name) is None)
+    if backend not in BACKENDS and backend not in PLANNED:
+        known = ", ".join(["auto", *BACKENDS, *PLANNED])
+        raise ValueError(f"backend must be one of {known}; got {backend!r}")
+    reason = PLANNED[backend] if backend in PLANNED else _reason(inputs, backend)
+    if reason is not None:
+        raise BackendUnsupportedError(f'backend "{backend}" cannot serve this call: {reason}')
+    return backend
