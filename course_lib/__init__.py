@@ -5,7 +5,15 @@
 
 __version__ = "0.1.0"
 
-from . import masks
+from . import layers, masks, models
 from .ops.attention import BackendUnsupportedError, attention, explain_backends
 
-__all__ = ["BackendUnsupportedError", "__version__", "attention", "explain_backends", "masks"]
+__all__ = [
+    "BackendUnsupportedError",
+    "__version__",
+    "attention",
+    "explain_backends",
+    "layers",
+    "masks",
+    "models",
+]
