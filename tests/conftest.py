@@ -1,0 +1,43 @@
+"""What every test runs with: checked shapes, one thread, a home of its own."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import hypothesis
+import jaxtyping
+import pytest
+
+# Checked shapes: must come before course_lib is imported for the first time.
+assert "course_lib" not in sys.modules, "course_lib was imported before its annotations are checked"
+jaxtyping.install_import_hook("course_lib", "beartype.beartype")
+
+# A learner's progress is never touched, whoever runs pytest and however.
+_home = tempfile.TemporaryDirectory(prefix="course-home-")  # removed when the tests end
+os.environ["COURSE_HOME"] = _home.name
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(autouse=True)
+def _shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check every annotated shape, but where the test is about what happens without."""
+    off = any(map(request.node.get_closest_marker, ("bad_input", "no_shape_checks")))
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", bool(off))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def course_home(tmp_path, monkeypatch):
+    """An empty folder for one test's progress."""
+    monkeypatch.setenv("COURSE_HOME", str(tmp_path))
+    return tmp_path
