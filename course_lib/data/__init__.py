@@ -1,0 +1,17 @@
+"""Texts that need no download, and what turns them into batches.
+
+text = python_docs()                          # English prose, ships with Python
+tokenizer = CharTokenizer(text)
+train, validation = split(tokenizer.encode(text))
+batches = random_batches(train, length=64, batch_size=32, steps=100, generator=g)
+"""
+
+from course_lib.data.text import (
+    CharTokenizer,
+    consecutive_batches,
+    python_docs,
+    random_batches,
+    split,
+)
+
+__all__ = ["CharTokenizer", "consecutive_batches", "python_docs", "random_batches", "split"]

@@ -1,0 +1,5 @@
+"""Whole models."""
+
+from course_lib.models.recurrent import LSTMLanguageModel
+
+__all__ = ["LSTMLanguageModel"]
