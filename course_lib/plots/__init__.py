@@ -1,0 +1,24 @@
+"""Figures and widgets of the course: one style, colour-blind safe, legible at notebook width.
+
+Importing this package needs neither matplotlib nor ipywidgets; calling what draws does, and says in
+one line which extra brings them where they are missing.
+"""
+
+from course_lib.plots.chapters import CHAPTERS, Chapter
+from course_lib.plots.course_map import course_map
+from course_lib.plots.curves import loss_curves
+from course_lib.plots.heatmap import attention_heatmap
+from course_lib.plots.style import COLORS, use_style
+from course_lib.plots.widgets import AttentionExplorer, LiveAttention
+
+__all__ = [
+    "CHAPTERS",
+    "COLORS",
+    "AttentionExplorer",
+    "Chapter",
+    "LiveAttention",
+    "attention_heatmap",
+    "course_map",
+    "loss_curves",
+    "use_style",
+]
