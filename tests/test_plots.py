@@ -13,6 +13,7 @@ import torch
 from course_lib import masks, plots
 from course_lib.plots._extras import need
 from course_lib.plots.readme import PICTURE, summary, write
+from course_lib.training import History
 
 mpl.use("agg")
 WORDS = ["the", "cat", "sat", "down"]
@@ -144,13 +145,8 @@ def test_a_picture_can_be_drawn_into_given_axes(weights):
 
 @pytest.fixture
 def history():
-    return SimpleNamespace(
-        step=[1, 2, 3],
-        seconds=[0.1, 0.2, 0.3],
-        loss=[3.0, 2.0, 1.0],
-        eval_step=[3],
-        eval_seconds=[0.3],
-        eval_loss=[1.5],
+    return History(
+        step=[1, 2, 3], seconds=[0.1, 0.2, 0.3], loss=[3.0, 2.0, 1.0], eval_loss=[None, None, 1.5]
     )
 
 
@@ -173,7 +169,8 @@ def test_each_run_has_a_colour_of_its_own(history):
 
 def test_the_smooth_line_never_looks_ahead():
     loss = [1.0] * 50 + [0.0] * 50
-    run = SimpleNamespace(step=list(range(100)), loss=loss)
+    steps = list(range(100))
+    run = History(step=steps, seconds=[0.1 * i for i in steps], loss=loss, eval_loss=[None] * 100)
     ax = plots.loss_curves({"run": run})
     smooth = next(line for line in ax.lines if line.get_label() == "run").get_ydata()
     assert smooth[:50].tolist() == loss[:50]
@@ -181,7 +178,7 @@ def test_the_smooth_line_never_looks_ahead():
 
 
 def test_a_history_that_was_never_evaluated_is_drawn(history):
-    history.eval_step, history.eval_seconds, history.eval_loss = [], [], []
+    history.eval_loss[-1] = None
     assert len(plots.loss_curves({"run": history}).lines) == 2
 
 

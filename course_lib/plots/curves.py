@@ -27,8 +27,8 @@ def loss_curves(
 
     Args:
         histories: name of the run -> its `training.History`, or anything with the lists `step`,
-            `seconds`, `loss` and, if held-out loss was measured, `eval_step`, `eval_seconds`,
-            `eval_loss`.
+            `seconds`, `loss` and `eval_loss` of one length; None in `eval_loss` where the held-out
+            loss was not measured.
         x: "step" for equal numbers of updates, "seconds" for equal time on this machine.
         ax: axes to draw on; if None, a new figure is made.
 
@@ -52,10 +52,11 @@ def _draw(ax: Axes, name: str, history: Any, x: str) -> None:
     at, loss = _pair(name, history, x, "loss")
     (pale,) = ax.plot(at, loss, alpha=0.25, linewidth=0.8)
     ax.plot(at, _running_mean(loss), color=pale.get_color(), label=name)
-    if getattr(history, "eval_loss", None):
-        at, held_out = _pair(name, history, f"eval_{x}", "eval_loss")
+    at, held_out = _pair(name, history, x, "eval_loss")
+    measured = ~np.isnan(held_out)
+    if measured.any():
         dots: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "--", "linewidth": 1.2}
-        ax.plot(at, held_out, **dots, color=pale.get_color(), label=f"{name}, held out")
+        ax.plot(at[measured], held_out[measured], **dots, color=pale.get_color(), label=f"{name}, held out")
 
 
 def _pair(name: str, history: Any, at: str, loss: str) -> tuple[np.ndarray, np.ndarray]:

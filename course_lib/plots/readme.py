@@ -1,15 +1,33 @@
-"""Draw the picture of the README again: ``python -m course_lib.plots.readme``."""
+"""Make what the README shows again: ``python -m course_lib.plots.readme``.
+
+Draws its picture, asks the grader for its message, and counts what the graders were tested with.
+"""
 
 from __future__ import annotations
 
-import sys
+import re
 from pathlib import Path
+from typing import Any
 
 from course_lib.plots._extras import need
 from course_lib.plots.chapters import CHAPTERS
 from course_lib.plots.course_map import course_map
 
 PICTURE = Path("notebooks/images/course.png")  # from the course's folder
+README = Path("README.md")
+
+WRONG = """\
+def attention(query, key, value, mask=None, return_weights=False):
+    scores = query @ key.transpose(-2, -1)  # something is missing here
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    output = weights @ value
+    return (output, weights) if return_weights else output
+
+
+check("attention", attention)
+"""
 
 
 def write(path: Path = PICTURE) -> Path:
@@ -28,5 +46,43 @@ def summary() -> str:
     )
 
 
+def message() -> str:
+    """A wrong answer, and what the grader really says to it."""
+    import math
+
+    import torch
+
+    from course_lib.grading.exercise import find
+    from course_lib.grading.judge import judge
+
+    namespace: dict[str, Any] = {"math": math, "torch": torch, "check": lambda *_: None}
+    exec(WRONG, namespace)
+    verdict = judge(find("attention"), namespace["attention"])
+    return f"```python\n{WRONG}```\n\n```\n{verdict}\n```"
+
+
+def counts() -> str:
+    """How the graders did on every answer they were tested with."""
+    from course_lib.grading.mutants import examine_all
+
+    totals = examine_all()
+    right, wrong = totals["alternatives"], totals["mistakes"]
+    return (
+        f"{totals['exercises']} exercises: {wrong['rejected']} of {wrong['total']} wrong answers "
+        f"are rejected, {wrong['named']} of them by name; {right['accepted']} of "
+        f"{right['total']} right answers that look different are accepted."
+    )
+
+
+def fill(text: str) -> str:
+    """The README with its generated parts made anew, each between its two comments."""
+    for name, make in (("message", message), ("counts", counts)):
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
+        text = re.sub(pattern, lambda m, make=make: m[1] + make() + m[2], text, flags=re.DOTALL)
+    return text
+
+
 if __name__ == "__main__":
-    print(f"wrote {write(Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE)}")
+    print(f"wrote {write()}")
+    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {README}")
