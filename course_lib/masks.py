@@ -24,8 +24,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -119,12 +121,20 @@ class Mask:
     def _evaluate(
         self, rule: MaskMod, queries: Tensor, n_k: int, device: torch.device | str | None
     ) -> Tensor:
-        b = torch.arange(self.batch_size or 1, device=device).view(-1, 1, 1, 1)
-        h = torch.arange(self.num_heads or 1, device=device).view(1, -1, 1, 1)
+        batch, heads = self._sizes()
+        if 0 in (batch, heads, len(queries), n_k):  # no pair to ask about
+            return torch.zeros(batch, heads, len(queries), n_k, dtype=torch.bool, device=device)
+        b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+        h = torch.arange(heads, device=device).view(1, -1, 1, 1)
         i = queries.view(1, 1, -1, 1)
         j = torch.arange(n_k, device=device).view(1, 1, 1, -1)
         visible = rule(b, h, i, j)
-        return visible.expand(b.shape[0], h.shape[1], len(queries), n_k)
+        return visible.expand(batch, heads, len(queries), n_k)
+
+    def _sizes(self) -> tuple[int, int]:
+        """(batch or 1, heads or 1); a mask made for a batch of 0 stays one of 0."""
+        batch, heads = self.batch_size, self.num_heads
+        return 1 if batch is None else batch, 1 if heads is None else heads
 
     def __and__(self, other: Mask | Tensor) -> Mask:
         """Both rules must allow the pair."""
@@ -133,6 +143,8 @@ class Mask:
     def __or__(self, other: Mask | Tensor) -> Mask:
         """Either rule may allow the pair."""
         return _Combined(self, _as_mask(other), "|")
+
+    __rand__, __ror__ = __and__, __or__  # tensor & mask, tensor | mask
 
     def __invert__(self) -> Mask:
         """The pairs this rule forbids."""
@@ -236,6 +248,7 @@ class Longformer(Mask):
 
     window: int
     global_tokens: Tensor  # 1-D positions, or bool (batch, n_k)
+    least_n_k: int = 0  # keys that the positions need; kept, since torch.compile cannot look it up
 
     @property
     def batch_size(self) -> int | None:  # type: ignore[override]
@@ -243,17 +256,11 @@ class Longformer(Mask):
 
     def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
         near = sliding_window(self.window, self.window).mask_mod(n_q, n_k, device)
-        is_global, shift = self._flags(n_k).to(device), n_k - n_q  # (batch or 1, n_k)
-        per_batch = self.batch_size is not None
-
-        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            row = b if per_batch else torch.zeros_like(b)
-            position = i + shift
-            # A query before the first key (n_q > n_k) stands outside and cannot be global.
-            query_is_global = is_global[row, position.clamp(min=0)] & (position >= 0)
-            return near(b, h, i, j) | query_is_global | is_global[row, j]
-
-        return rule
+        of_key = self._flags(n_k).to(device)  # (batch or 1, n_k)
+        # A query's flag is that of its own position; before the first key (n_q > n_k): False.
+        of_query = F.pad(of_key, (n_q - n_k, 0))  # (batch or 1, n_q)
+        step = 0 if self.batch_size is None else 1  # one row of flags serves the whole batch
+        return lambda b, h, i, j: near(b, h, i, j) | of_query[b * step, i] | of_key[b * step, j]
 
     def _flags(self, n_k: int) -> Tensor:
         """Bool (batch or 1, n_k): which positions are global."""
@@ -264,11 +271,10 @@ class Longformer(Mask):
                     f"(batch, n_k), but there are n_k = {n_k} keys"
                 )
             return self.global_tokens
-        outside = self.global_tokens[self.global_tokens >= n_k]
-        if len(outside):
+        if self.least_n_k > n_k:
             raise ValueError(
-                f"longformer: global_tokens {outside.tolist()} lie outside the sequence of "
-                f"{n_k} keys (positions 0 to {n_k - 1})"
+                f"longformer: global_tokens {self.global_tokens.tolist()} need n_k of at least "
+                f"{self.least_n_k}, but there are n_k = {n_k} keys"
             )
         flags = torch.zeros(1, n_k, dtype=torch.bool, device=self.global_tokens.device)
         flags[0, self.global_tokens] = True
@@ -302,10 +308,8 @@ class BigBird(Mask):
         block = torch.arange(num_blocks)
         table = (block[:, None] - block[None, :]).abs() <= self.window_blocks // 2
         table |= (block[:, None] < self.global_blocks) | (block[None, :] < self.global_blocks)
-        generator = torch.Generator().manual_seed(self.seed)
         # One random order of the keys' blocks per row; the first unseen ones are the random blocks.
-        order = torch.rand(num_blocks, num_blocks, generator=generator)
-        order[table] = math.inf
+        order = _uniform(self.seed, num_blocks).masked_fill(table, math.inf)
         rank = order.argsort(dim=1).argsort(dim=1)
         return table | (rank < self.random_blocks)
 
@@ -314,6 +318,19 @@ class BigBird(Mask):
             f"bigbird({self.block_size}, window_blocks={self.window_blocks}, global_blocks="
             f"{self.global_blocks}, random_blocks={self.random_blocks}, seed={self.seed})"
         )
+
+
+def _uniform(seed: int, size: int) -> Float[Tensor, "size size"]:
+    """size x size numbers from [0, 1), the same ones for the same seed on every machine.
+
+    Each is a hash of its place (two rounds of multiply and shift, as in lowbias32 by C. Wellons):
+    plain integer arithmetic, which torch.compile and vmap can trace; a generator they cannot.
+    """
+    start = seed * 0x9E3779B9 & 0xFFFFFFFF
+    place = torch.arange(size * size).view(size, size) + start
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        place = ((place & 0xFFFFFFFF) ^ (place & 0xFFFFFFFF) >> 16) * multiplier
+    return ((place & 0xFFFFFFFF) ^ (place & 0xFFFFFFFF) >> 16).double() / 2**32
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,22 +349,17 @@ class FromDense(Mask):
 
     def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
         table = self._fitting(n_q, n_k).to(device)
-        last = [size - 1 for size in table.shape]  # a dimension of size 1 answers for all
-
-        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            b, h, i, j = (
-                x.clamp(max=m) if m == 0 else x for x, m in zip((b, h, i, j), last, strict=True)
-            )
-            return table[b, h, i, j]
-
-        return rule
+        # Along a dimension of size 1 the entry at 0 answers for all.
+        b1, h1, i1, j1 = (0 if size == 1 else 1 for size in table.shape)
+        return lambda b, h, i, j: table[b * b1, h * h1, i * i1, j * j1]
 
     def dense(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> Tensor:
         """The tensor itself, without a copy."""
         return self._fitting(n_q, n_k).to(device).expand(-1, -1, n_q, n_k)
 
     def _fitting(self, n_q: int, n_k: int) -> Tensor:
-        if any(have not in (1, want) for have, want in zip(self.tensor.shape[2:], (n_q, n_k), strict=True)):
+        sizes = zip(self.tensor.shape[2:], (n_q, n_k), strict=True)
+        if any(have not in (1, want) for have, want in sizes):
             raise ValueError(
                 f"mask has shape {tuple(self.tensor.shape)} (batch, heads, n_q, n_k), but there "
                 f"are n_q = {n_q} queries and n_k = {n_k} keys"
@@ -449,7 +461,7 @@ def documents(ids: Sequence[Sequence[int]] | Tensor) -> Mask:
     ids: integers (batch, n_k), one document number per position. Combine with `causal()` for
     language models: `documents(ids) & causal()`.
     """
-    tensor = torch.as_tensor(ids)
+    tensor = _as_tensor("ids", ids)
     if tensor.ndim != 2 or _is_not_integer(tensor):
         raise ValueError(
             f"ids must be integers of shape (batch, n_k), got {tensor.dtype} of shape "
@@ -478,9 +490,11 @@ def longformer(window: int, global_tokens: Iterable[int] | Tensor = ()) -> Mask:
                 f"{tuple(global_tokens.shape)}"
             )
         return Longformer(_length("window", window), global_tokens)
-    if not isinstance(global_tokens, Tensor):
+    if isinstance(global_tokens, Iterable) and not isinstance(global_tokens, Tensor):
         global_tokens = list(global_tokens)
-    return Longformer(_length("window", window), _int_vector("global_tokens", global_tokens))
+    positions = _int_vector("global_tokens", global_tokens)
+    least_n_k = int(positions.max()) + 1 if len(positions) else 0
+    return Longformer(_length("window", window), positions, least_n_k)
 
 
 def bigbird(
@@ -501,10 +515,12 @@ def bigbird(
     if _length("block_size", block_size) < 1:
         raise ValueError("block_size must be at least 1, got 0")
     if _length("window_blocks", window_blocks) % 2 == 0:
-        raise ValueError(f"window_blocks must be odd (a block is in the middle): {window_blocks}")
+        raise ValueError(
+            f"window_blocks must be odd (a block is in the middle), got {window_blocks}"
+        )
     global_blocks = _length("global_blocks", global_blocks)
     random_blocks = _length("random_blocks", random_blocks)
-    return BigBird(block_size, window_blocks, global_blocks, random_blocks, seed)
+    return BigBird(block_size, window_blocks, global_blocks, random_blocks, _length("seed", seed))
 
 
 def from_dense(tensor: Tensor) -> Mask:
@@ -568,7 +584,7 @@ class Tiles:
         seen = self.patterns[self.pattern[b, h, r, k].long()]
         whole[b, h, r, self.partial[b, h, r, k].long()] = seen
         # (b, h, rows, columns, block_q, block_k) -> (b, h, rows * block_q, columns * block_k)
-        whole = whole.transpose(3, 4).reshape(batch, heads, rows * self.block_q, -1)
+        whole = whole.transpose(3, 4).flatten(4).flatten(2, 3)
         return whole[:, :, : self.n_q, : self.n_k]
 
 
@@ -582,10 +598,10 @@ def _build_tiles(
     mask: Mask, n_q: int, n_k: int, block_q: int, block_k: int, device: torch.device | str | None
 ) -> Tiles:
     rule = mask.mask_mod(_length("n_q", n_q), _length("n_k", n_k), device)
-    shape = (mask.batch_size or 1, mask.num_heads or 1, math.ceil(n_q / block_q))
+    shape = (*mask._sizes(), math.ceil(n_q / block_q))
     full = torch.zeros(*shape, math.ceil(n_k / block_k), dtype=torch.bool, device=device)
     partial, names = full.clone(), full.long()
-    tables = [torch.zeros(0, block_q, block_k, dtype=torch.bool, device=device)]
+    known: dict[bytes, int] = {}  # the distinct partial tiles, numbered as they come
     width = (n_k - torch.arange(0, n_k, block_k, device=device)).clamp(max=block_k)
     for r in range(shape[2]):
         queries = torch.arange(r * block_q, min((r + 1) * block_q, n_q), device=device)
@@ -593,19 +609,18 @@ def _build_tiles(
         visible = row.sum((3, 4))  # (batch, heads, columns): pairs in each tile
         full[:, :, r] = visible == len(queries) * width
         partial[:, :, r] = (visible > 0) & ~full[:, :, r]
-        # The distinct partial tiles of this row, and which of them each partial tile is.
-        table, which = torch.unique(row[partial[:, :, r]], dim=0, return_inverse=True)
-        names[:, :, r][partial[:, :, r]] = which + sum(len(t) for t in tables)
-        tables.append(table)
-    patterns, which = torch.unique(torch.cat(tables), dim=0, return_inverse=True)
-    names[partial] = which[names[partial]]
+        here = row[partial[:, :, r]].cpu().numpy()  # (how many, block_q, block_k)
+        numbers = [known.setdefault(tile.tobytes(), len(known)) for tile in here]
+        names[:, :, r][partial[:, :, r]] = torch.tensor(numbers, dtype=torch.long, device=device)
+    patterns = np.frombuffer(b"".join(known), dtype=bool).reshape(-1, block_q, block_k)
     full_index, num_full = _compress(full)
     partial_index, num_partial = _compress(partial)
     pattern = names.gather(3, partial_index.long()).int()
     return Tiles(
         n_q=n_q, n_k=n_k, block_q=block_q, block_k=block_k,
         num_full=num_full, full=full_index,
-        num_partial=num_partial, partial=partial_index, pattern=pattern, patterns=patterns,
+        num_partial=num_partial, partial=partial_index, pattern=pattern,
+        patterns=torch.from_numpy(patterns.copy()).to(device),
     )  # fmt: skip
 
 
@@ -621,7 +636,7 @@ def _cut(visible: Tensor, block_q: int, block_k: int) -> Tensor:
 
 
 def _compress(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool (..., columns) -> (the True columns first to last, padded with 0; how many there are)."""
+    """Bool (..., columns) -> (the True columns in order, padded with 0; how many there are)."""
     count = flags.sum(-1)
     width = int(count.max()) if count.numel() else 0
     columns = torch.arange(flags.shape[-1], device=flags.device).expand(flags.shape)
@@ -658,8 +673,15 @@ def _is_not_integer(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
 
 
+def _as_tensor(name: str, values: object) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # says what, but not where
+        raise TypeError(f"{name} must be ints, got {values!r}: {error}") from None
+
+
 def _int_vector(name: str, values: Sequence[int] | Tensor) -> Tensor:
-    tensor = torch.as_tensor(values)
+    tensor = _as_tensor(name, values)
     if tensor.numel() == 0:
         tensor = tensor.long()
     if tensor.ndim != 1 or _is_not_integer(tensor):
@@ -667,7 +689,7 @@ def _int_vector(name: str, values: Sequence[int] | Tensor) -> Tensor:
             f"{name} must be a 1-D collection of ints, got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)}"
         )
-    if (tensor < 0).any():
+    # A compiled graph cannot look at values, and need not wait for them.
+    if not torch.compiler.is_compiling() and (tensor < 0).any():
         raise ValueError(f"{name} must be at least 0, got {tensor.tolist()}")
     return tensor.long()
-

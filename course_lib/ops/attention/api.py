@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ...masks import Mask
 from . import flex, reference, sdpa
-from .inputs import Inputs, check
+from .inputs import Inputs, check, no_autocast
 
 BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference, "flex": flex}
-"""By preference of "auto" on a CPU. Each module has `unsupported(inputs)` and `attention(inputs)`."""
+"""By preference of "auto" on a CPU; each module has `unsupported(inputs)`, `attention(inputs)`."""
 
 PLANNED = {
     "tiled": "the blockwise PyTorch backend is not part of this version of course_lib",
@@ -22,6 +23,50 @@ PLANNED = {
 
 class BackendUnsupportedError(RuntimeError):
     """The backend asked for by name cannot serve this call; the message says why."""
+
+
+AnyMask = Mask | Tensor | None
+AnyBias = Tensor | None
+
+
+# What comes back depends on what is asked for, and type checkers are told so.
+# fmt: off
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AnyMask = None, bias: AnyBias = None, *,
+    scale: float | None = None, dropout_p: float = 0.0,
+    return_weights: Literal[False] = False, return_lse: Literal[False] = False,
+    backend: str = "auto", generator: torch.Generator | None = None,
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AnyMask = None, bias: AnyBias = None, *,
+    scale: float | None = None, dropout_p: float = 0.0,
+    return_weights: Literal[True], return_lse: Literal[False] = False,
+    backend: str = "auto", generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AnyMask = None, bias: AnyBias = None, *,
+    scale: float | None = None, dropout_p: float = 0.0,
+    return_weights: Literal[False] = False, return_lse: Literal[True],
+    backend: str = "auto", generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AnyMask = None, bias: AnyBias = None, *,
+    scale: float | None = None, dropout_p: float = 0.0,
+    return_weights: Literal[True], return_lse: Literal[True],
+    backend: str = "auto", generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AnyMask = None, bias: AnyBias = None, *,
+    scale: float | None = None, dropout_p: float = 0.0,
+    return_weights: bool = False, return_lse: bool = False,
+    backend: str = "auto", generator: torch.Generator | None = None,
+) -> Tensor | tuple[Tensor, ...]: ...
+# fmt: on
 
 
 def attention(
@@ -63,7 +108,9 @@ def attention(
 
         Softmax and sums run in float32 or better. A query that may see no key gets output 0,
         weights 0, lse -inf and gradient 0, never NaN. NaN or inf in a key or value that a query
-        may not see never reaches its output; in one that it may see, its output is NaN.
+        may not see never reaches its output or its gradients; in one that it may see, its output is
+        NaN (without mask and bias nothing is looked for, and inf follows the arithmetic). A bias of
+        -inf hides a pair as the mask does.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, rank, shape or device.
@@ -73,7 +120,7 @@ def attention(
         query, key, value, mask, bias, scale, dropout_p, return_weights, return_lse, generator
     )
     module = BACKENDS[_choose(inputs, backend)]
-    with torch.autocast(inputs.query.device.type, enabled=False):  # `check` has cast already
+    with no_autocast(inputs.query.device):  # `check` has cast already
         output, weights, lse = module.attention(inputs)
     extras = [x for x, wanted in ((weights, return_weights), (lse, return_lse)) if wanted]
     return (output, *extras) if extras else output
@@ -116,6 +163,8 @@ def _reason(inputs: Inputs, name: str) -> str | None:
 def _choose(inputs: Inputs, backend: str) -> str:
     if backend == "auto":
         return next(name for name in _preference(inputs) if _reason(inputs, name) is None)
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
     if backend not in BACKENDS and backend not in PLANNED:
         known = ", ".join(["auto", *BACKENDS, *PLANNED])
         raise ValueError(f"backend must be one of {known}; got {backend!r}")

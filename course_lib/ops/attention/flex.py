@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .inputs import Inputs
@@ -23,6 +24,10 @@ def unsupported(inputs: Inputs) -> str | None:
         return "FlexAttention has no dropout"
     if 0 in inputs.query.shape or 0 in inputs.key.shape or 0 in inputs.value.shape:
         return "FlexAttention needs at least one query, one key and one value entry"
+    if inputs.query.device.type == "meta":
+        return "FlexAttention does not run on the meta device"
+    if any(map(torch._C._functorch.is_batchedtensor, (inputs.query, inputs.key, inputs.value))):
+        return "FlexAttention does not run under torch.func.vmap"
     if inputs.query.device.type == "cpu" and inputs.needs_grad:
         return "FlexAttention has no backward pass on a CPU"
     if inputs.query.device.type != "cpu" and inputs.query.dtype == torch.float64:
@@ -32,50 +37,73 @@ def unsupported(inputs: Inputs) -> str | None:
 
 def attention(
     inputs: Inputs,
-) -> tuple[Float[Tensor, "batch heads n_q d_v"], None, Float[Tensor, "batch heads n_q"]]:
-    """softmax(Q Kᵀ · scale + bias) V over the visible keys -> output, log-sum-exp."""
+) -> tuple[Float[Tensor, "batch heads n_q d_v"], None, Float[Tensor, "batch heads n_q"] | None]:
+    """softmax(Q Kᵀ · scale + bias) V over the visible keys -> output, log-sum-exp if wanted."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    q, k, v, poison = inputs.isolated()
-    n_q, n_k = inputs.lengths
-    block_mask = None
-    if inputs.mask is not None:
-        block_mask = inputs.mask.block_mask(n_q, n_k, q.device)
-    output, aux = _flex_attention(q.device.type)(
-        q, k, v, score_mod=_score_mod(inputs, poison), block_mask=block_mask,
-        scale=inputs.scale, enable_gqa=inputs.grouped, return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
-    return output, None, aux.lse
+    device, clean = inputs.query.device, inputs.isolated()
+    call = functools.partial(
+        _flex_attention(device.type),
+        block_mask=inputs.mask and inputs.mask.block_mask(*inputs.lengths, device),
+        scale=inputs.scale,
+        enable_gqa=inputs.grouped,
+    )
+    # Asked for only where wanted: compiled for a CPU it cannot be had.
+    extras = {"return_aux": AuxRequest(lse=True)} if inputs.return_lse else {}
+    qkv = clean.query, clean.key, clean.value
+    got = call(*qkv, score_mod=_score_mod(inputs, inputs.bias), **extras)
+    output, lse = (got[0], got[1].lse) if inputs.return_lse else (got, None)
+    if not inputs.all_visible and not inputs.intact:
+        spoiled = _spoiled(inputs, call)
+        output = output.masked_fill(spoiled[..., None], math.nan)
+        lse = None if lse is None else lse.masked_fill(spoiled, math.nan)
+    return output, None, lse
 
 
-def _score_mod(inputs: Inputs, poison: Tensor) -> Callable[..., Tensor] | None:
-    """score -> score + bias + poison, looked up at (batch, head, query, key)."""
-    target = (*inputs.query.shape[:3], inputs.key.shape[2])
-    added = [t.expand(target) for t in (inputs.bias,) if t is not None]
-    if inputs.mask is not None:
-        added.append(poison.expand(target))
-    if not added:
+def _spoiled(inputs: Inputs, call: Callable[..., Any]) -> Bool[Tensor, "batch heads n_q"]:
+    """`Inputs.spoiled`, found without writing the mask out.
+
+    Attention by equal scores is the mean over the visible keys. So it says who sees a broken key if
+    the first entry of a value is 1 there and 0 elsewhere, and who sees any if the others are 1.
+    """
+    width = 16  # the least that FlexAttention's kernels take
+    flags = F.pad(inputs.broken_keys()[..., None].float(), (0, width - 1), value=1.0)
+    query = flags.new_zeros(*inputs.query.shape[:3], width)
+    hidden = None
+    if inputs.bias is not None:
+        hidden = torch.zeros_like(inputs.bias).masked_fill(inputs.bias == -math.inf, -math.inf)
+    share = call(query, torch.zeros_like(flags), flags, score_mod=_score_mod(inputs, hidden))
+    return (share[..., 0] > 0) | (inputs.broken_queries() & (share[..., 1] > 0))
+
+
+def _score_mod(inputs: Inputs, bias: Tensor | None) -> Callable[..., Tensor] | None:
+    """score -> score + bias, looked up at (batch, head, query, key)."""
+    if bias is None:
         return None
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        for term in added:
-            score = score + term[b, h, i, j]
-        return score
-
-    return score_mod
+    bias = bias.expand(*inputs.query.shape[:3], inputs.key.shape[2])
+    return lambda score, b, h, i, j: score + bias[b, h, i, j]
 
 
-@functools.cache
 def _flex_attention(device_type: str) -> Callable[..., Any]:
     """Compiled on a GPU; on a CPU as it is, since compiling needs a C++ compiler."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    if device_type != "cpu":
-        return torch.compile(flex_attention)
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _eager if device_type == "cpu" else _compiled()
 
-    def eager(*args: Any, **kwargs: Any) -> Any:
-        with warnings.catch_warnings():  # "called without torch.compile": we know
-            warnings.simplefilter("ignore")
-            return flex_attention(*args, **kwargs)
 
-    return eager
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _eager(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with warnings.catch_warnings():  # "called without torch.compile": we know
+        warnings.simplefilter("ignore")
+        # Detached, since on a CPU it refuses requires_grad even where no gradient is wanted.
+        return flex_attention(query.detach(), key.detach(), value.detach(), **options)

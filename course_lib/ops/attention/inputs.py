@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,12 +24,13 @@ class Inputs:
     key: Float[Tensor, "batch groups n_k d_k"]
     value: Float[Tensor, "batch groups n_k d_v"]
     mask: masks.Mask | None
-    bias: Float[Tensor, "..."] | None
+    bias: Float[Tensor, ...] | None
     scale: float
     dropout_p: float = 0.0
     return_weights: bool = False
     return_lse: bool = False
     generator: torch.Generator | None = None
+    intact: bool = False  # known to hold no NaN and no inf
 
     @property
     def grouped(self) -> bool:
@@ -44,13 +47,20 @@ class Inputs:
         """(n_q, n_k)"""
         return self.query.shape[2], self.key.shape[2]
 
+    @property
+    def all_visible(self) -> bool:
+        """Nothing can be hidden: there is neither a mask nor a bias that might hold -inf."""
+        return self.mask is None and self.bias is None
+
     def visible(self) -> Bool[Tensor, "batch_or_1 heads_or_1 n_q n_k"]:
-        """The mask as a bool matrix; all True where there is none."""
+        """The pairs that count: those the mask shows and no bias of -inf forbids."""
         n_q, n_k = self.lengths
         device = self.query.device
-        if self.mask is None:
-            return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(1, 1, n_q, n_k)
-        return self.mask.dense(n_q, n_k, device)
+        if self.mask is not None:
+            shown = self.mask.dense(n_q, n_k, device)
+        else:
+            shown = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(1, 1, n_q, n_k)
+        return shown if self.bias is None else shown & (self.bias != -math.inf)
 
     def dropout(self, weights: Tensor) -> Tensor:
         """Weights zeroed with probability p, the rest scaled up so that the mean stays."""
@@ -60,30 +70,75 @@ class Inputs:
         keep = noise.uniform_(generator=self.generator) >= self.dropout_p
         return weights * keep / (1 - self.dropout_p)
 
-    def isolated(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query, key, value without NaN and inf in the keys, and `poison` that remembers them.
+    def isolated(self) -> Inputs:
+        """The same call with 0 in place of every query, key and value that holds a NaN or inf.
 
         0 · NaN is NaN: a broken number in a key that nobody may see would still reach every output
-        (and every gradient) through the products. So it is taken out of key and value, and NaN is
-        added instead to the *scores* of that key, where the mask decides who sees it.
-        poison: (batch, heads, 1, n_k), 0 or NaN. Without a mask all keys are seen: nothing to do.
+        and every gradient through the products. So broken vectors are taken out beforehand, and
+        `spoiled` says which outputs must show NaN for it.
         """
-        q, k, v = self.query, self.key, self.value
-        if self.mask is None:
-            return q, k, v, q.new_zeros(1, 1, 1, 1)
+        if self.all_visible or self.intact:  # all see what is broken, or nothing is
+            return self
         broken = self.broken_keys()[..., None]  # (batch, groups, n_k, 1)
-        k, v = k.masked_fill(broken, 0), v.masked_fill(broken, 0)
-        poison = q.new_zeros(broken.shape).masked_fill(broken, math.nan).mT
-        return q, k, v, self.per_head(poison)
+        return replace(
+            self,
+            query=self.query.masked_fill(self.broken_queries()[..., None], 0),
+            key=self.key.masked_fill(broken, 0),
+            value=self.value.masked_fill(broken, 0),
+        )
+
+    def spoiled(
+        self, visible: Bool[Tensor, "batch_or_1 heads_or_1 n_q n_k"]
+    ) -> Bool[Tensor, "batch heads n_q 1"]:
+        """Queries whose output must be NaN: those that see a broken key, or see and are broken."""
+        shown = visible.to(torch.float32)
+        broken = self.per_head(self.broken_keys()).to(shown.dtype)
+        sees_broken = torch.einsum("bhij,bhj->bhi", shown, broken) > 0  # how many it sees
+        return (sees_broken | (self.broken_queries() & visible.any(-1)))[..., None]
+
+    def broken_queries(self) -> Bool[Tensor, "batch heads n_q"]:
+        """Queries that hold a NaN or inf."""
+        return _broken(self.query)
 
     def broken_keys(self) -> Bool[Tensor, "batch groups n_k"]:
         """Keys that hold a NaN or inf, in themselves or in their value."""
-        return ~(self.key.isfinite().all(-1) & self.value.isfinite().all(-1))
+        return _broken(self.key) | _broken(self.value)
 
     def per_head(self, x: Tensor) -> Tensor:
         """(batch, groups, ...) -> (batch, heads, ...): each group serves heads/groups heads."""
         heads, groups = self.query.shape[1], self.key.shape[1]
         return x if heads == groups else x.repeat_interleave(heads // groups, dim=1)
+
+    def per_group(self, seen: Bool[Tensor, "b h n_k"]) -> Bool[Tensor, "b groups_or_1 n_k"]:
+        """Keys that any head of the group sees, from what each head sees (or one for all)."""
+        if seen.shape[1] == 1:
+            return seen
+        return seen.unflatten(1, (self.key.shape[1], -1)).any(2)  # (b, h, n) -> (b, g, r, n)
+
+
+def _broken(x: Float[Tensor, "*rows d"]) -> Bool[Tensor, "*rows"]:
+    """Rows that hold a NaN or inf.
+
+    One reduction is many times faster than isfinite and all; 0 · x would do too, but torch.compile
+    takes that to be 0 whatever x is.
+    """
+    if x.shape[-1] == 0:  # amax has no answer
+        return x.new_zeros(x.shape[:-1], dtype=torch.bool)
+    return ~x.detach().abs().amax(-1).isfinite()
+
+
+def _known_intact(*tensors: Tensor) -> bool:
+    """Whether it is known that nothing is broken: then nothing need be isolated.
+
+    Asked of tensors at hand in a CPU's memory only. A GPU would have to be waited for, and under
+    torch.compile and vmap there are no numbers to ask yet: there the answer is False.
+    """
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+        return False
+    try:
+        return all(math.isfinite(t.detach().sum().item()) for t in tensors)
+    except RuntimeError:  # no numbers: vmap, or somebody traces shapes
+        return False
 
 
 def check(
@@ -98,35 +153,50 @@ def check(
     return_lse: bool,
     generator: torch.Generator | None,
 ) -> Inputs:
-    """The arguments of `attention` as `Inputs`, or a ValueError/TypeError that names the culprit."""
-    query, key, value = _autocast(query, key, value)
+    """The arguments of `attention` as `Inputs`, or an error that names the culprit."""
+    query, key, value, bias = _autocast(query, key, value, bias)
     _check_tensors(query, key, value)
     _check_shapes(query, key, value)
     if mask is not None:
         mask = _check_mask(mask, query, key)
     if bias is not None:
-        _check_bias(bias, query, key)
+        bias = _check_bias(bias, query, key)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     elif isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     return Inputs(
-        query, key, value, mask, bias, float(scale), dropout_p, return_weights, return_lse, generator
+        query, key, value, mask, bias, float(scale), dropout_p,
+        return_weights, return_lse, generator, _known_intact(query, key, value),
+    )  # fmt: skip
+
+
+def _autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Under torch.autocast, cast as PyTorch's own attention would (float64 is left alone)."""
+    if not isinstance(query, Tensor) or query.dtype not in FLOATS[:3]:
+        return query, *others
+    kind = query.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return query, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS[:3] else t
+        for t in (query, *others)
     )
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast, cast as PyTorch's own attention would (float64 is left alone)."""
-    if not all(isinstance(t, Tensor) for t in tensors):
-        return tensors
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or any(t.dtype not in FLOATS[:3] for t in tensors):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast; nothing where the device knows none (meta)."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -134,7 +204,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+            )
         if tensor.ndim != 4:
             raise ValueError(
                 f"{name} must have shape (batch, heads, length, d_head), got {tuple(tensor.shape)}"
@@ -152,7 +224,9 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"query and key must have the same batch size: {shapes}")
     if query.shape[3] != key.shape[3]:
-        raise ValueError(f"query and key must have the same d_head (their last dimension): {shapes}")
+        raise ValueError(
+            f"query and key must have the same d_head (their last dimension): {shapes}"
+        )
     if query.shape[3] == 0:
         raise ValueError(f"query has d_head 0, nothing to compare: {shapes}")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
@@ -164,6 +238,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_mask(mask: masks.Mask | Tensor, query: Tensor, key: Tensor) -> masks.Mask:
     batch, heads, n_q, _ = query.shape
+    if isinstance(mask, Tensor) and mask.device != query.device:
+        raise ValueError(f"mask is on {mask.device} but query is on {query.device}")
     if not isinstance(mask, masks.Mask):
         mask = masks.from_dense(mask)
     for name, have, want in (
@@ -179,7 +255,8 @@ def _check_mask(mask: masks.Mask | Tensor, query: Tensor, key: Tensor) -> masks.
     return mask
 
 
-def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> None:
+def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The bias in the query's dtype, or in float32 where that one would round it."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a torch.Tensor, got {type(bias).__name__}")
     if bias.dtype not in FLOATS:
@@ -196,3 +273,5 @@ def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> None:
             f"bias has shape {tuple(bias.shape)}, which does not broadcast to (batch, heads, n_q, "
             f"n_k) = {target}"
         )
+    same = bias.dtype == query.dtype
+    return bias if same else bias.to(torch.promote_types(query.dtype, torch.float32))

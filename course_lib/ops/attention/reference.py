@@ -24,15 +24,21 @@ def attention(
     Float[Tensor, "batch heads n_q"],
 ]:
     """softmax(Q Kᵀ · scale + bias) V over the visible keys -> output, weights, log-sum-exp."""
-    q, k, v, poison = inputs.isolated()
-    dtype = torch.promote_types(q.dtype, torch.float32)  # sums in float16 would lose digits
-    q, k, v, poison = q.to(dtype), k.to(dtype), v.to(dtype), poison.to(dtype)
+    clean = inputs.isolated()
+    dtype = torch.promote_types(clean.query.dtype, torch.float32)  # float16 would lose digits
+    q, k, v = clean.query.to(dtype), clean.key.to(dtype), clean.value.to(dtype)
 
-    scores = _by_group(q, k.mT) * inputs.scale + poison  # (b, h, n_q, d) x (b, h, d, n_k)
+    scores = _by_group(q, k.mT) * inputs.scale  # (b, h, n_q, d_k) x (b, h, d_k, n_k)
     if inputs.bias is not None:
         scores = scores + inputs.bias.to(dtype)
-    weights, lse = masked_softmax(scores, inputs.visible())
+    visible = inputs.visible()
+    weights, lse = masked_softmax(scores, visible)
     output = _by_group(inputs.dropout(weights), v)  # (b, h, n_q, n_k) x (b, h, n_k, d_v)
+    if not inputs.all_visible:
+        spoiled = inputs.spoiled(visible)  # (b, h, n_q, 1)
+        output = output.masked_fill(spoiled, math.nan)
+        weights = weights.masked_fill(spoiled, math.nan)
+        lse = lse.masked_fill(spoiled.squeeze(-1), math.nan)
     return output.to(inputs.query.dtype), weights.to(inputs.query.dtype), lse
 
 
@@ -44,7 +50,7 @@ def masked_softmax(
     # -inf, not a large number: exp(-inf) is exactly 0.
     scores = scores.masked_fill(~visible, -math.inf)
     # An empty row would be 0 / 0: it computes something harmless, and is overwritten.
-    empty = (scores == -math.inf).all(-1, keepdim=True)  # (b, h, n_q, 1)
+    empty = ~visible.any(-1, keepdim=True)  # (b or 1, h or 1, n_q, 1)
     scores = scores.masked_fill(empty, 0)
     weights = scores.softmax(-1).masked_fill(empty, 0)
     lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), -math.inf)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,47 +27,51 @@ def unsupported(inputs: Inputs) -> str | None:
 def attention(inputs: Inputs) -> tuple[Float[Tensor, "batch heads n_q d_v"], None, None]:
     """softmax(Q Kᵀ · scale + bias) V over the visible keys -> output."""
     n_q, n_k = inputs.lengths
-    if inputs.mask is None and inputs.bias is None:
+    if inputs.all_visible:
         return _sdpa(inputs), None, None
-    if isinstance(inputs.mask, masks.Causal) and inputs.bias is None and n_q == n_k:
+    is_causal = isinstance(inputs.mask, masks.Causal) and inputs.bias is None and n_q == n_k
+    if is_causal and inputs.scale > 0:  # its hidden scores are -inf · scale
         # SDPA's own causal mask is aligned at the top left: the same thing where n_q = n_k.
-        output = _sdpa(inputs, is_causal=True)
-        sees_broken = inputs.per_head(inputs.broken_keys().cummax(-1).values)
-        return output.masked_fill(sees_broken[..., None], math.nan), None, None
+        output = _sdpa(inputs.isolated(), is_causal=True)
+        if inputs.intact:
+            return output, None, None
+        sees_broken = inputs.per_head(inputs.broken_keys().cummax(-1).values)  # (b, h, n)
+        spoiled = (sees_broken | inputs.broken_queries())[..., None]
+        return output.masked_fill(spoiled, math.nan), None, None
     visible = inputs.visible()
-    mask, empty = _sdpa_mask(inputs, visible)
-    output = _sdpa(inputs, empty, attn_mask=mask).masked_fill(empty, 0)
-    if inputs.mask is not None:
-        output = output.masked_fill(_sees_broken(inputs, visible)[..., None], math.nan)
-    return output, None, None
+    empty = ~visible.any(-1, keepdim=True)  # (b or 1, h or 1, n_q, 1)
+    clean = inputs.isolated()
+    # SDPA hides a pair by adding -inf to its score: NaN for a row that sees nothing, and where
+    # leftovers in memory made the score overflow. So such rows and keys compute with 0.
+    unseen = ~inputs.per_group(visible.any(-2))[..., None]  # (b or 1, groups or 1, n_k, 1)
+    clean = replace(
+        clean, query=clean.query.masked_fill(empty, 0), key=clean.key.masked_fill(unseen, 0)
+    )
+    output = _sdpa(clean, attn_mask=_sdpa_mask(inputs, visible, empty)).masked_fill(empty, 0)
+    if inputs.intact:
+        return output, None, None
+    return output.masked_fill(inputs.spoiled(visible), math.nan), None, None
 
 
-def _sdpa(inputs: Inputs, empty: Tensor | None = None, **options: Tensor | bool) -> Tensor:
-    q, k, v, _ = inputs.isolated()
-    if empty is not None:  # whatever an unseeing query holds must not reach the keys' gradient
-        q = q.masked_fill(empty, 0)
-    return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=inputs.dropout_p, scale=inputs.scale, enable_gqa=inputs.grouped, **options
-    )  # fmt: skip
+def _sdpa(inputs: Inputs, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    q, k, v = inputs.query, inputs.key, inputs.value
+    if attn_mask is not None and attn_mask.is_floating_point():
+        # SDPA wants one dtype, and rounding the bias to float16 would turn -1e9 into -inf.
+        q, k, v = (x.to(attn_mask.dtype) for x in (q, k, v))
+    # A constant: where torch.compile leaves the sizes open, a comparison of them is no plain bool.
+    grouped = {"enable_gqa": True} if inputs.grouped else {}
+    output = F.scaled_dot_product_attention(
+        q, k, v, attn_mask, inputs.dropout_p, is_causal, scale=inputs.scale, **grouped
+    )
+    return output.to(inputs.query.dtype)
 
 
 def _sdpa_mask(
-    inputs: Inputs, visible: Bool[Tensor, "batch_or_1 heads_or_1 n_q n_k"]
-) -> tuple[Tensor, Bool[Tensor, "b h n_q 1"]]:
-    """SDPA's attn_mask, and which rows see nothing (those compute something harmless)."""
+    inputs: Inputs,
+    visible: Bool[Tensor, "batch_or_1 heads_or_1 n_q n_k"],
+    empty: Bool[Tensor, "batch_or_1 heads_or_1 n_q 1"],
+) -> Tensor:
+    """What SDPA adds to the scores, or a bool mask where there is no bias."""
     if inputs.bias is None:
-        empty = ~visible.any(-1, keepdim=True)
-        return visible | empty, empty
-    bias = inputs.bias[(None,) * (4 - inputs.bias.ndim)].to(inputs.query.dtype)
-    bias = bias.masked_fill(~visible, -math.inf)  # broadcasts to (b or 1, h or 1, n_q, n_k)
-    empty = (bias == -math.inf).all(-1, keepdim=True)
-    return bias.masked_fill(empty, 0), empty
-
-
-def _sees_broken(
-    inputs: Inputs, visible: Bool[Tensor, "batch_or_1 heads_or_1 n_q n_k"]
-) -> Bool[Tensor, "batch heads n_q"]:
-    """Queries that may see a key that holds NaN or inf: their output is NaN, as it would be."""
-    dtype = torch.float32
-    broken = inputs.per_head(inputs.broken_keys()).to(dtype)
-    return torch.einsum("bhij,bhj->bhi", visible.to(dtype), broken) > 0
+        return visible | empty
+    return inputs.bias.masked_fill(~visible, -math.inf).masked_fill(empty, 0)
