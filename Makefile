@@ -56,7 +56,7 @@ test-notebooks: setup  ## run all chapters and solutions and compare their store
 	$(call pytest,notebooks,--nbval --nbval-current-env $(NOTEBOOKS) -n $(WORKERS) --dist loadfile)
 
 test-browser: setup  ## drive JupyterLab in a headless browser (skipped where there is none)
-	$(call pytest,browser,$(TESTS) -m browser)
+	$(call pytest,browser,$(TESTS) -m browser -n $(WORKERS) --dist loadgroup)
 
 lint: setup  ## what the tests demand of style, import floors and types
 	$(PY) -m ruff check $(wildcard $(CODE))

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..grading import progress
 from ..grading.board import Board, Text
-from ..grading.exercise import find
+from ..grading.exercise import HintLevelError, find
 from ..grading.judge import Verdict, judge
 
 __all__ = ["check", "hint", "status"]
@@ -35,12 +35,12 @@ def check(id: str, function: Callable[..., Any]) -> Verdict:
 def hint(id: str, level: int | None = None) -> Text:
     """The hint of level 1 (a question), 2 (a property) or 3 (a line); by default the next one."""
     exercise = find(id)
-    seen = progress.load().get(id, {}).get("hints", 0)
     if level is None:
+        seen = progress.load().get(id, progress.Record()).hints
         level = min(seen + 1, len(exercise.hints))
     if level not in (1, 2, 3):
-        raise ValueError(f"level must be 1, 2 or 3, got {level!r}")
-    progress.update(id, hints=max(seen, level))
+        raise HintLevelError(f"level must be 1, 2 or 3, got {level!r}")
+    progress.note_hint(id, level)
     return Text(f"Hint {level} of 3: {exercise.hints[level - 1]}")
 
 

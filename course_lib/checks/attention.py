@@ -8,14 +8,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grading.exercise import Case, Exercise
-from ..grading.observe import expect
+from ..grading.exercise import Case, Exercise, Function
+from ..grading.observe import Broken, expect
+from ._wrong_parts import (
+    MASKINGS,
+    MIXTURES,
+    NORMALISATIONS,
+    SCALES,
+    empty,
+    filled,
+    share,
+    top,
+    visible_softmax,
+)
 
 INF = math.inf
 
 
 def _normal(g: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=g)
+    """Normal numbers with one decimal, so that a counterexample can be read."""
+    return (torch.randn(*shape, generator=g) * 10).round() / 10 + 0.0
+
+
+def _some(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [_normal(g, *shape) for shape in shapes]
 
 
 # --- 1. softmax -------------------------------------------------------------------------------
@@ -40,7 +57,8 @@ $(0.73, 0.27)$. Write it without `torch.softmax` to learn something.
         "What happens to softmax when you add the same number to all scores of a row?",
         "softmax(s) = softmax(s - c) for every c. With c the largest score of the row, no exponent "
         "is above 0 and nothing overflows.",
-        "weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True)); what is left to divide by?",
+        "weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True)); what is left to divide "
+        "by?",
     ),
 )
 
@@ -57,22 +75,15 @@ def softmax(scores: Tensor) -> Tensor:
 
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
-    near = _normal(g, 2, 3)
-    far = _normal(g, 3, 4) * 3
-    wide = torch.stack([_normal(g, 4), _normal(g, 4) - 300, _normal(g, 4) + 60])
-    return [
-        {"scores": near},
-        {"scores": _normal(g, 5)},
-        {"scores": far},
-        {"scores": _normal(g, 3, 3)},
-        {"scores": _normal(g, 4, 1)},
-        {"scores": _normal(g, 2, 3, 4)},
-        {"scores": _normal(g, 2, 2, 3, 4)},
-        {"scores": wide},
-        {"scores": torch.tensor([[1000.0, 999.0], [-1000.0, -1000.0]]) + _normal(g, 2, 2)},
-        {"scores": torch.cat([_normal(g, 2, 3), torch.full((2, 1), -INF)], dim=1)},
-        {"scores": torch.cat([_normal(g, 2, 2), torch.full((2, 1), 300.0)], dim=1)},
+    ordinary = [(2, 3), (5,), (3, 4), (3, 3), (4, 1), (2, 3, 4), (2, 2, 3, 4)]
+    extreme = [
+        torch.tensor([[0.0], [-300.0], [60.0]]) + _normal(g, 3, 4),  # each row is far from the next
+        torch.tensor([-60.0, 60.0, 60.0]) + _normal(g, 3),
+        torch.tensor([0.0, 0.0, 0.0, 300.0]) + _normal(g, 4),
+        torch.tensor([[1000.0, 999.0], [-1000.0, -1000.0]]) + _normal(g, 2, 2),
+        torch.tensor([0.0, 0.0, -INF]) + _normal(g, 2, 3),
     ]
+    return [{"scores": s} for s in [*(2 * _normal(g, *shape) for shape in ordinary), *extreme]]
 
 
 @ex.behaviour("each row of weights sums to 1")
@@ -89,14 +100,14 @@ def _(answer):
 
 @ex.behaviour("a higher score gets a higher weight")
 def _(answer):
-    weights = answer(torch.tensor([0.5, -1.0, 3.0, 2.0]))
-    expect(weights.argsort(), torch.tensor([1, 0, 3, 2]))
+    weights = answer(torch.tensor([[0.5, -1.0, 3.0, 2.0]]))
+    expect(weights.argsort(), torch.tensor([[1, 0, 3, 2]]))
 
 
 @ex.behaviour("adding 1 to a score multiplies its weight, against the others, by e")
 def _(answer):
-    weights = answer(torch.tensor([1.0, 2.0, 4.0]))
-    expect(weights[1:] / weights[:-1], torch.tensor([math.e, math.e**2]))
+    weights = answer(torch.tensor([[1.0, 2.0, 4.0]]))
+    expect(weights[:, 1:] / weights[:, :-1], torch.tensor([[math.e, math.e**2]]))
 
 
 @ex.behaviour("scores of 1000 give no NaN")
@@ -107,123 +118,174 @@ def _(answer):
 
 @ex.behaviour("a score of -inf gets the weight 0")
 def _(answer):
-    case = {"scores": torch.tensor([0.0, 0.0, -INF])}
-    expect(answer.on(case), torch.tensor([0.5, 0.5, 0.0]), case=case)
+    case = {"scores": torch.tensor([[0.0, 0.0, -INF]])}
+    expect(answer.on(case), torch.tensor([[0.5, 0.5, 0.0]]), case=case)
+
+
+def _shifted(s: Tensor, shift: Tensor) -> Tensor:
+    return (s - shift).exp() / (s - shift).exp().sum(-1, keepdim=True)
 
 
 ex.mistake(
     "softmax without subtracting the maximum",
     "exp of a large score is inf, and inf / inf is NaN.",
     "What may you subtract from every score of a row without changing the result?",
-)(lambda scores: scores.exp() / scores.exp().sum(-1, keepdim=True))
+)(lambda s: s.exp() / s.exp().sum(-1, keepdim=True))
 ex.mistake(
     "softmax along the first dimension instead of the last",
     "Columns sum to 1 instead of rows.",
     "In `(..., n)`, which dimension holds the scores that compete with one another?",
-)(lambda scores: scores.softmax(0))
+)(lambda s: s.softmax(0))
 ex.mistake(
     "softmax along dimension 1, counted from the front",
     "It is right for a matrix and wrong once a batch dimension stands before it.",
     "How do you name the last dimension, however many there are?",
-)(lambda scores: scores.softmax(1 if scores.ndim > 1 else 0))
+)(lambda s: s.softmax(1 if s.ndim > 1 else 0))
+ex.mistake(
+    "softmax along the last dimension but one",
+    "Columns sum to 1 instead of rows.",
+    "In `(..., n)`, which dimension holds the scores that compete with one another?",
+)(lambda s: s.softmax(-2 if s.ndim > 1 else 0))
 ex.mistake(
     "softmax over all entries at once",
     "The whole tensor sums to 1 instead of each row.",
     "Over which dimension should the sum run, and does it keep that dimension?",
-)(lambda scores: scores.flatten().softmax(0).view_as(scores))
+)(lambda s: s.flatten().softmax(0).view_as(s))
 ex.mistake(
     "the scores divided by their sum, without exp",
     "Negative scores become negative weights.",
     "Which function makes any number positive and keeps the order?",
-)(lambda scores: scores / scores.sum(-1, keepdim=True))
+)(lambda s: s / s.sum(-1, keepdim=True))
 ex.mistake(
     "exp of the scores, not normalised",
     "The weights are positive but do not sum to 1.",
     "By what must each row be divided so that it sums to 1?",
-)(lambda scores: scores.exp())
+)(lambda s: s.exp())
 ex.mistake(
     "exp of the shifted scores, not normalised",
     "The largest weight of each row is 1; the row does not sum to 1.",
     "By what must each row be divided so that it sums to 1?",
-)(lambda scores: (scores - scores.amax(-1, keepdim=True)).exp())
+)(lambda s: (s - top(s)).exp())
+ex.mistake(
+    "exp divided by the sum of everything",
+    "The whole tensor sums to 1 instead of each row.",
+    "Over which dimension should the sum run, and does it keep that dimension?",
+)(lambda s: (s - top(s)).exp() / (s - top(s)).exp().sum())
+ex.mistake(
+    "exp divided by the sum of its column",
+    "The sum runs over the first dimension, so rows do not sum to 1.",
+    "Over which dimension should the sum run?",
+)(lambda s: (s - top(s)).exp() / (s - top(s)).exp().sum(0, keepdim=True))
+ex.mistake(
+    "exp divided by one plus its sum",
+    "The rows sum to less than 1.",
+    "By what must each row be divided so that it sums to exactly 1?",
+)(lambda s: (s - top(s)).exp() / (1 + (s - top(s)).exp().sum(-1, keepdim=True)))
+ex.mistake(
+    "exp divided by its mean",
+    "The rows sum to n instead of 1.",
+    "Sum, or mean?",
+)(lambda s: (s - top(s)).exp() / (s - top(s)).exp().mean(-1, keepdim=True))
 ex.mistake(
     "the logarithm of softmax",
     "Weights are probabilities, and a logarithm is never positive here.",
     "Should `log_softmax` be `softmax`, or is an exp missing at the end?",
-)(lambda scores: scores.log_softmax(-1))
+)(lambda s: s.log_softmax(-1))
+ex.mistake(
+    "softmax applied twice",
+    "The weights are taken for scores once more and come out nearly equal.",
+    "How often does the formula take exp?",
+)(lambda s: s.softmax(-1).softmax(-1))
 ex.mistake(
     "sigmoid of each score",
     "Sigmoid squashes each score alone: the scores do not compete.",
     "Where does the weight of one key depend on the scores of the others?",
-)(lambda scores: scores.sigmoid())
+)(lambda s: s.sigmoid())
 ex.mistake(
     "softmax with one maximum for the whole tensor",
     "A row far below another row's maximum underflows to 0 / 0.",
     "Does each row subtract its own maximum (`dim=-1, keepdim=True`)?",
-)(lambda scores: (e := (scores - scores.max()).exp()) / e.sum(-1, keepdim=True))
+)(lambda s: _shifted(s, s.max()))
 ex.mistake(
-    "softmax of the negated scores",
-    "The lowest score gets the highest weight.",
-    "Which sign stands in the exponent?",
-)(lambda scores: (-scores).softmax(-1))
-ex.mistake(
-    "softmax to the base 2",
-    "Powers of 2 stand where powers of e should.",
-    "Is it `exp` or `exp2`?",
-)(lambda scores: (scores * math.log(2)).softmax(-1))
-ex.mistake(
-    "a one at the largest score, zeros elsewhere",
-    "That is argmax, a hard choice; it has no useful gradient.",
-    "How do the runners-up get a share?",
-)(lambda scores: F.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype) + 0 * scores.nan_to_num())  # fmt: skip  # noqa: E501
-ex.mistake(
-    "softmax with the scores clamped to a maximum",
-    "Scores above the clamp all look alike.",
-    "Is there a way to keep exp in range that changes nothing about the result?",
-)(lambda scores: (e := scores.clamp(max=50).exp()) / e.sum(-1, keepdim=True))
+    "softmax with the maximum of each column",
+    "The maximum runs over the first dimension, so a row can still overflow.",
+    "Does each row subtract its own maximum (`dim=-1, keepdim=True`)?",
+)(lambda s: _shifted(s, s.amax(0, keepdim=True)))
 ex.mistake(
     "softmax with the mean subtracted instead of the maximum",
     "One score far above the mean still overflows, and a score of -inf spoils its row.",
     "Which number of the row leaves no exponent above 0?",
-)(lambda scores: (e := (scores - scores.mean(-1, keepdim=True)).exp()) / e.sum(-1, keepdim=True))
+)(lambda s: _shifted(s, s.mean(-1, keepdim=True)))
+ex.mistake(
+    "softmax with the minimum subtracted instead of the maximum",
+    "Every exponent is at or above 0, so a wide row still overflows.",
+    "Which number of the row leaves no exponent above 0?",
+)(lambda s: _shifted(s, s.amin(-1, keepdim=True)))
+ex.mistake(
+    "softmax with the maximum added instead of subtracted",
+    "The largest exponent is doubled and overflows all the sooner.",
+    "Which sign must the shift have so that no exponent is above 0?",
+)(lambda s: _shifted(s, -top(s)))
+ex.mistake(
+    "softmax of the scores divided by their maximum",
+    "Dividing changes the differences between scores, and softmax lives on differences.",
+    "Does softmax stay the same when all scores are shifted, or when they are scaled?",
+)(lambda s: (s / top(s)).softmax(-1))
+ex.mistake(
+    "softmax with the scores clamped to a maximum",
+    "Scores above the clamp all look alike.",
+    "Is there a way to keep exp in range that changes nothing about the result?",
+)(lambda s: s.clamp(max=50).softmax(-1))
+ex.mistake(
+    "softmax of the negated scores",
+    "The lowest score gets the highest weight.",
+    "Which sign stands in the exponent?",
+)(lambda s: (-s).softmax(-1))
+ex.mistake(
+    "softmax to the base 2",
+    "Powers of 2 stand where powers of e should.",
+    "Is it `exp` or `exp2`?",
+)(lambda s: (s * math.log(2)).softmax(-1))
+ex.mistake(
+    "a one at the largest score, zeros elsewhere",
+    "That is argmax, a hard choice; it has no useful gradient.",
+    "How do the runners-up get a share?",
+)(lambda s: F.one_hot(s.argmax(-1), s.shape[-1]).to(s.dtype))
 ex.mistake(
     "exp of the shifted scores divided by the sum of the unshifted ones",
     "Numerator and denominator are shifted differently.",
     "Do both sides of the fraction use the same exp?",
-)(lambda scores: (scores - scores.amax(-1, keepdim=True)).exp() / scores.exp().sum(-1, keepdim=True))  # fmt: skip  # noqa: E501
+)(lambda s: (s - top(s)).exp() / s.exp().sum(-1, keepdim=True))
 ex.mistake(
     "exp divided by its Euclidean length",
     "The squares of the weights sum to 1, not the weights.",
     "Sum, or root of the sum of squares?",
-)(lambda scores: F.normalize((scores - scores.amax(-1, keepdim=True)).exp(), dim=-1))
+)(lambda s: F.normalize((s - top(s)).exp(), dim=-1))
 ex.mistake(
     "softmax of the absolute scores",
     "A strongly negative score is taken for a strong one.",
     "What should happen to the sign of a score?",
-)(lambda scores: scores.abs().softmax(-1))
+)(lambda s: s.abs().softmax(-1))
 ex.mistake(
     "the softmax sum without keepdim",
     "The sum lost its dimension and is broadcast along the wrong one, or not at all.",
     "What shape does `exp.sum(dim=-1)` have, and what shape must it have to divide the rows?",
-)(lambda scores: (e := (scores - scores.amax(-1, keepdim=True)).exp()) / e.sum(-1))
+)(lambda s: (s - top(s)).exp() / (s - top(s)).exp().sum(-1))
 ex.mistake(
     "the maximum without keepdim",
     "The maximum lost its dimension and is subtracted from the wrong rows, or not at all.",
     "What shape does `scores.amax(dim=-1)` have, and what shape must it have?",
-)(lambda scores: (e := (scores - scores.amax(-1)).exp()) / e.sum(-1, keepdim=True))
+)(lambda s: _shifted(s, s.amax(-1)))
 
 ex.alternative("torch.softmax")(lambda scores: torch.softmax(scores, dim=-1))
-ex.alternative("exp(s - logsumexp(s))")(
-    lambda scores: (scores - scores.logsumexp(-1, keepdim=True)).exp()
-)
-ex.alternative("exp of log_softmax")(lambda scores: F.log_softmax(scores, -1).exp())
+ex.alternative("exp(s - logsumexp(s))")(lambda s: (s - s.logsumexp(-1, keepdim=True)).exp())
+ex.alternative("exp of log_softmax")(lambda s: F.log_softmax(s, -1).exp())
 
 
 @ex.alternative("a loop over rows")
 def _(scores):
-    flat = scores.reshape(-1, scores.shape[-1])
     rows = []
-    for row in flat:
+    for row in scores.reshape(-1, scores.shape[-1]):
         exp = torch.exp(row - row.max())
         rows.append(exp / exp.sum())
     return torch.stack(rows).reshape(scores.shape)
@@ -232,11 +294,8 @@ def _(scores):
 @ex.alternative("in float64, and back")
 def _(scores):
     wide = scores.double()
-    return (
-        torch.exp(wide - wide.max(-1, keepdim=True).values)
-        .div(torch.exp(wide - wide.max(-1, keepdim=True).values).sum(-1, keepdim=True))
-        .to(scores.dtype)
-    )
+    exp = torch.exp(wide - wide.max(-1, keepdim=True).values)
+    return exp.div(exp.sum(-1, keepdim=True)).to(scores.dtype)
 
 
 # --- 2. soft look-up --------------------------------------------------------------------------
@@ -259,7 +318,8 @@ As $T \to 0$ it becomes the hard dictionary; as $T \to \infty$ the plain mean of
 `torch.softmax` is allowed from here on.
 """,
     hints=(
-        "One query, n keys: how many matches are there, and which product gives all of them at once?",
+        "One query, n keys: how many matches are there, and which product gives all of them at "
+        "once?",
         "keys @ query has shape (n,). Dividing by a small temperature pushes the matches apart.",
         "weights = torch.softmax(keys @ query / temperature, dim=-1); now mix the rows of values.",
     ),
@@ -282,22 +342,21 @@ def soft_lookup(query: Tensor, keys: Tensor, values: Tensor, temperature: float 
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
     def case(n: int, d_k: int, d_v: int, **options: float) -> Case:
-        return {
-            "query": _normal(g, d_k),
-            "keys": _normal(g, n, d_k),
-            "values": _normal(g, n, d_v),
-            **options,
-        }
+        query, keys, values = _normal(g, d_k), _normal(g, n, d_k), _normal(g, n, d_v)
+        return {"query": query, "keys": keys, "values": values, **options}
 
+    near = case(4, 2, 2, temperature=0.002)  # matches so close that only a low temperature tells
     return [
-        case(2, 3, 1),
+        case(2, 2, 1),
         case(3, 2, 2, temperature=0.5),
         case(3, 3, 3),
+        case(3, 2, 2),
         case(4, 4, 4, temperature=2.0),
         case(1, 3, 2),
         case(5, 3, 4, temperature=0.1),
         case(6, 2, 3, temperature=10.0),
         case(4, 3, 2, temperature=1e-3),
+        near | {"query": near["query"] / 256},
         case(7, 9, 5, temperature=3.0),
     ]
 
@@ -310,9 +369,8 @@ def _(answer):
 
 @ex.behaviour("a very low temperature gives the value of the best key")
 def _(answer):
-    keys = torch.eye(3)
     values = torch.tensor([[1.0], [2.0], [3.0]])
-    got = answer(torch.tensor([0.1, 0.9, 0.3]), keys, values, temperature=1e-3)
+    got = answer(torch.tensor([0.1, 0.9, 0.3]), torch.eye(3), values, temperature=1e-3)
     expect(got, torch.tensor([2.0]))
 
 
@@ -325,9 +383,8 @@ def _(answer):
 
 @ex.behaviour("the result lies between the smallest and the largest value")
 def _(answer):
-    values = torch.tensor([[-1.0], [0.5], [2.0]])
-    got = answer(torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 2.0]]), values)  # fmt: skip  # noqa: E501
-    expect(bool(-1 <= got.item() <= 2), True)
+    keys, values = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[-1.0], [2.0]])
+    expect(bool(-1 <= answer(torch.tensor([2.0, -1.0]), keys, values).item() <= 2), True)
 
 
 @ex.behaviour("a longer query makes the choice sharper")
@@ -339,8 +396,7 @@ def _(answer):
 
 @ex.behaviour("keys and values that change places together change nothing")
 def _(answer):
-    g = torch.Generator().manual_seed(3)
-    query, keys, values = _normal(g, 3), _normal(g, 4, 3), _normal(g, 4, 2)
+    query, keys, values = _some(3, (3,), (4, 3), (4, 2))
     order = torch.tensor([2, 0, 3, 1])
     expect(answer(query, keys[order], values[order]), answer(query, keys, values))
 
@@ -349,113 +405,114 @@ ex.mistake(
     "a look-up that multiplies by the temperature",
     "A low temperature makes it softer instead of sharper.",
     "As T goes to 0, should the differences between the matches grow or shrink?",
-)(lambda query, keys, values, temperature=1.0: (keys @ query * temperature).softmax(-1) @ values)
+)(lambda q, k, v, T=1.0: (k @ q * T).softmax(-1) @ v)
 ex.mistake(
     "a look-up without the temperature",
-    "The argument is never used.",
+    "The temperature has no effect.",
     "Where does `temperature` stand in the formula?",
-)(lambda query, keys, values, temperature=1.0: (keys @ query).softmax(-1) @ values)
+)(lambda q, k, v, T=1.0: (k @ q).softmax(-1) @ v)
 ex.mistake(
     "a look-up with the temperature applied after the softmax",
     "The weights no longer sum to 1.",
     "Does the temperature act on the matches or on the weights?",
-)(lambda query, keys, values, temperature=1.0: (keys @ query).softmax(-1) / temperature @ values)
-ex.mistake(
-    "a hard look-up: the value of the best key",
-    "That is an ordinary dictionary; the other values never count.",
-    "How does every value get its share?",
-)(lambda query, keys, values, temperature=1.0: values[(keys @ query).argmax()])
-ex.mistake(
-    "a look-up without softmax",
-    "The matches themselves are used as weights: they may be negative and do not sum to 1.",
-    "What turns the matches into weights?",
-)(lambda query, keys, values, temperature=1.0: keys @ query / temperature @ values)
-ex.mistake(
-    "a look-up with exp but without dividing by its sum",
-    "The weights do not sum to 1.",
-    "What does softmax do after exp?",
-)(lambda query, keys, values, temperature=1.0: (keys @ query / temperature).exp() @ values)
-ex.mistake(
-    "the weights, not the mixture of the values",
-    "The values are never used.",
-    "What is averaged with the weights?",
-)(lambda query, keys, values, temperature=1.0: (keys @ query / temperature).softmax(-1))
-ex.mistake(
-    "a mixture of the keys",
-    "Keys are what the query is compared with; values are what comes back.",
-    "Which of the two tensors should be averaged?",
-)(lambda query, keys, values, temperature=1.0: (keys @ query / temperature).softmax(-1) @ keys)
-ex.mistake(
-    "the mean of the values",
-    "Every value counts alike, whatever the query asks.",
-    "Where do query and keys enter?",
-)(lambda query, keys, values, temperature=1.0: values.mean(0))
-ex.mistake(
-    "the sum of the values",
-    "Every value counts 1: the weights sum to n.",
-    "Where do query and keys enter?",
-)(lambda query, keys, values, temperature=1.0: values.sum(0))
-ex.mistake(
-    "a look-up by cosine similarity",
-    "Keys and query are brought to length 1 first, so a longer key matches no better.",
-    "Is the match a dot product or an angle?",
-)(
-    lambda query, keys, values, temperature=1.0: (
-        (F.cosine_similarity(keys, query[None], dim=-1) / temperature).softmax(-1) @ values
-    )
-)
-ex.mistake(
-    "a look-up by distance",
-    "The nearest key wins instead of the one with the largest dot product.",
-    "Is the match a dot product or a distance?",
-)(
-    lambda query, keys, values, temperature=1.0: (
-        (-(keys - query).square().sum(-1) / temperature).softmax(-1) @ values
-    )
-)
-ex.mistake(
-    "a look-up that also divides by √d_k",
-    "The temperature alone scales the matches here; √d_k comes in the next exercise.",
-    "What stands under the fraction in the formula of this exercise?",
-)(
-    lambda query, keys, values, temperature=1.0: (
-        (keys @ query / temperature / math.sqrt(keys.shape[-1])).softmax(-1) @ values
-    )
-)
+)(lambda q, k, v, T=1.0: (k @ q).softmax(-1) / T @ v)
 ex.mistake(
     "a look-up with the root of the temperature",
     "√T stands where T should.",
     "Which power of T divides the matches?",
-)(
-    lambda query, keys, values, temperature=1.0: (
-        (keys @ query / math.sqrt(temperature)).softmax(-1) @ values
-    )
-)
+)(lambda q, k, v, T=1.0: (k @ q / math.sqrt(T)).softmax(-1) @ v)
 ex.mistake(
     "a look-up with the temperature squared",
     "T² stands where T should.",
     "Is the temperature applied twice?",
-)(lambda query, keys, values, temperature=1.0: (keys @ query / temperature**2).softmax(-1) @ values)
+)(lambda q, k, v, T=1.0: (k @ q / T**2).softmax(-1) @ v)
+ex.mistake(
+    "a hard look-up: the value of the best key",
+    "That is an ordinary dictionary; the other values do not count.",
+    "How does every value get its share?",
+)(lambda q, k, v, T=1.0: v[(k @ q).argmax()])
+ex.mistake(
+    "a look-up without softmax",
+    "The matches themselves are used as weights: they may be negative and do not sum to 1.",
+    "What turns the matches into weights?",
+)(lambda q, k, v, T=1.0: k @ q / T @ v)
+ex.mistake(
+    "a look-up with exp but without dividing by its sum",
+    "The weights do not sum to 1.",
+    "What does softmax do after exp?",
+)(lambda q, k, v, T=1.0: (k @ q / T).exp() @ v)
+ex.mistake(
+    "a look-up with exp of the raw matches divided by its sum",
+    "At a low temperature exp overflows, and inf / inf is NaN.",
+    "How did your softmax of exercise 1 keep exp in range?",
+)(lambda q, k, v, T=1.0: (k @ q / T).exp() / (k @ q / T).exp().sum() @ v)
+ex.mistake(
+    "a look-up with sigmoid instead of softmax",
+    "Each match is squashed alone, so the weights do not sum to 1.",
+    "How do the keys compete?",
+)(lambda q, k, v, T=1.0: (k @ q / T).sigmoid() @ v)
+ex.mistake(
+    "the weights, not the mixture of the values",
+    "The values have no effect.",
+    "What is averaged with the weights?",
+)(lambda q, k, v, T=1.0: (k @ q / T).softmax(-1))
+ex.mistake(
+    "the weighted values, not summed",
+    "Each value stands alone, multiplied by its weight.",
+    "Over which dimension does the formula sum?",
+)(lambda q, k, v, T=1.0: (k @ q / T).softmax(-1)[:, None] * v)
+ex.mistake(
+    "the weighted values, averaged instead of summed",
+    "The weights already sum to 1, so the mean divides by n once too often.",
+    "Sum, or mean?",
+)(lambda q, k, v, T=1.0: ((k @ q / T).softmax(-1)[:, None] * v).mean(0))
+ex.mistake(
+    "a mixture of the keys",
+    "Keys are what the query is compared with; values are what comes back.",
+    "Which of the two tensors should be averaged?",
+)(lambda q, k, v, T=1.0: (k @ q / T).softmax(-1) @ k)
+ex.mistake(
+    "the mean of the values",
+    "Every value counts alike, whatever the query asks.",
+    "Where do query and keys enter?",
+)(lambda q, k, v, T=1.0: v.mean(0))
+ex.mistake(
+    "the sum of the values",
+    "Every value counts 1: the weights sum to n.",
+    "Where do query and keys enter?",
+)(lambda q, k, v, T=1.0: v.sum(0))
+ex.mistake(
+    "a look-up by cosine similarity",
+    "Keys and query are brought to length 1 first, so a longer key matches no better.",
+    "Is the match a dot product or an angle?",
+)(lambda q, k, v, T=1.0: (F.cosine_similarity(k, q[None], dim=-1) / T).softmax(-1) @ v)
+ex.mistake(
+    "a look-up by distance",
+    "The nearest key wins instead of the one with the largest dot product.",
+    "Is the match a dot product or a distance?",
+)(lambda q, k, v, T=1.0: (-(k - q).square().sum(-1) / T).softmax(-1) @ v)
+ex.mistake(
+    "a look-up that also divides by √d_k",
+    "The temperature alone scales the matches here; √d_k comes in the next exercise.",
+    "What stands under the fraction in the formula of this exercise?",
+)(lambda q, k, v, T=1.0: (k @ q / T / math.sqrt(k.shape[-1])).softmax(-1) @ v)
 ex.mistake(
     "a look-up of the worst match",
     "The sign of the matches is turned round.",
     "Which sign stands before the matches?",
-)(lambda query, keys, values, temperature=1.0: (-keys @ query / temperature).softmax(-1) @ values)
+)(lambda q, k, v, T=1.0: (-k @ q / T).softmax(-1) @ v)
 ex.mistake(
     "a look-up that compares the query with the values",
-    "The values are both what is asked and what comes back; the keys are never used.",
+    "The values are both what is asked and what comes back; the keys have no effect.",
     "What is the query compared with?",
-)(lambda query, keys, values, temperature=1.0: (values @ query / temperature).softmax(-1) @ values)
-
+)(lambda q, k, v, T=1.0: (v @ q / T).softmax(-1) @ v)
 ex.alternative("einsum")(
-    lambda query, keys, values, temperature=1.0: torch.einsum(
-        "j,jv->v", torch.softmax(torch.einsum("d,jd->j", query, keys) / temperature, 0), values
+    lambda q, k, v, T=1.0: torch.einsum(
+        "j,jv->v", torch.softmax(torch.einsum("d,jd->j", q, k) / T, 0), v
     )
 )
 ex.alternative("scaled_dot_product_attention with its own scale")(
-    lambda query, keys, values, temperature=1.0: F.scaled_dot_product_attention(
-        query[None], keys, values, scale=1 / temperature
-    )[0]
+    lambda q, k, v, T=1.0: F.scaled_dot_product_attention(q[None], k, v, scale=1 / T)[0]
 )
 
 
@@ -489,14 +546,15 @@ With n_q queries in a matrix $Q$ and n_k keys in a matrix $K$, one product gives
 
 $$S = \frac{Q K^\top}{\sqrt{d_k}}$$
 
-Row i holds the scores of query i against all keys. The factor $1/\sqrt{d_k}$ keeps the scores' spread
-the same for every width d_k. Queries and keys may have batch dimensions in front.
+Row i holds the scores of query i against all keys. The factor $1/\sqrt{d_k}$ keeps the scores'
+spread the same for every width d_k. Queries and keys may have batch dimensions in front.
 """,
     hints=(
         "Which two dimensions does the product sum over, and which remain?",
         "`@` multiplies the last two dimensions and carries the others along; `.T` turns round all "
         "of them, so it is not what you want for a batch.",
-        "query @ key.transpose(-2, -1) has shape (..., n_q, n_k); what is d_k in terms of query.shape?",
+        "query @ key.transpose(-2, -1) has shape (..., n_q, n_k); what is d_k in terms of "
+        "query.shape?",
     ),
 )
 
@@ -532,24 +590,23 @@ def _(g: torch.Generator) -> list[Case]:
 def _(answer):
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     key = torch.tensor([[2.0, 3.0], [4.0, 5.0], [6.0, 7.0]])
-    want = torch.tensor([[2.0, 4.0, 6.0], [3.0, 5.0, 7.0]]) / math.sqrt(2)
     case = {"query": query, "key": key}
-    expect(answer.on(case), want, case=case)
+    expect(answer.on(case), key.T / math.sqrt(2), case=case)
 
 
 @ex.behaviour("the scores' spread is 1 at every width d_k")
 def _(answer):
     for d_k in (4, 64, 256):
         g = torch.Generator().manual_seed(d_k)
-        spread = answer(_normal(g, 200, d_k), _normal(g, 200, d_k)).std()
+        query, key = torch.randn(50, d_k, generator=g), torch.randn(50, d_k, generator=g)
+        spread = answer(query, key).std().item()
         if not 0.9 < spread < 1.1:
-            expect(spread, torch.tensor(1.0))
+            raise Broken(f"with d_k = {d_k} it is {spread:.3g}")
 
 
 @ex.behaviour("changing one key changes one column")
 def _(answer):
-    g = torch.Generator().manual_seed(5)
-    query, key = _normal(g, 3, 4), _normal(g, 3, 4)
+    query, key = _some(5, (3, 4), (3, 4))
     other = key.clone()
     other[1] += 1
     changed = (answer(query, other) - answer(query, key)).abs() > 1e-6
@@ -558,114 +615,97 @@ def _(answer):
 
 @ex.behaviour("doubling a query doubles its scores")
 def _(answer):
-    g = torch.Generator().manual_seed(6)
-    query, key = _normal(g, 3, 4), _normal(g, 2, 4)
+    query, key = _some(6, (3, 4), (2, 4))
     expect(answer(2 * query, key), 2 * answer(query, key))
 
 
 @ex.behaviour("batch elements do not meet")
 def _(answer):
-    g = torch.Generator().manual_seed(7)
-    query, key = _normal(g, 3, 3, 3), _normal(g, 3, 3, 3)
+    query, key = _some(7, (3, 3, 3), (3, 3, 3))
     expect(answer(query, key)[1], answer(query[1], key[1]))
 
 
+def _scaled(factor: Function) -> Function:
+    return lambda q, k: q @ k.mT * factor(q, k)
+
+
+def _root(x: Tensor) -> float:
+    return math.sqrt(x.shape[-1])
+
+
+ex.mistakes_from(SCALES, "the scores", _scaled)
 ex.mistake(
-    "the scores without 1/√d_k",
-    "Their variance grows as d_k, and softmax of large scores is nearly a hard choice.",
-    "What should the scores be divided by?",
-)(lambda query, key: query @ key.mT)
-ex.mistake(
-    "the scores divided by d_k",
-    "The root is missing: wide keys make all scores nearly equal.",
-    "The variance of a sum of d_k products is d_k; what is its standard deviation?",
-)(lambda query, key: query @ key.mT / query.shape[-1])
-ex.mistake(
-    "the scores multiplied by √d_k",
-    "The factor is upside down.",
-    "Should wider keys make the scores larger or keep them as they are?",
-)(lambda query, key: query @ key.mT * math.sqrt(query.shape[-1]))
+    "the scores scaled by dimension 1, counted from the front",
+    "It is right for a matrix and wrong once a batch dimension stands before it.",
+    "Which entry of `query.shape`, counted from the end, is d_k?",
+)(lambda q, k: q @ k.mT / math.sqrt(q.shape[1]))
 ex.mistake(
     "the scores transposed, K Qᵀ",
     "Row i holds key i against all queries.",
     "Which of the two stands on the left of the product?",
-)(lambda query, key: key @ query.mT / math.sqrt(query.shape[-1]))
-ex.mistake(
-    "the scores divided by √n_k",
-    "The number of keys stands where the width of a key should.",
-    "Which entry of `key.shape` is d_k?",
-)(lambda query, key: query @ key.mT / math.sqrt(key.shape[-2]))
-ex.mistake(
-    "the scores divided by √n_q",
-    "The number of queries stands where the width should.",
-    "Which entry of `query.shape` is d_k?",
-)(lambda query, key: query @ key.mT / math.sqrt(query.shape[-2]))
-ex.mistake(
-    "the scores divided by the root of the first dimension",
-    "`shape[0]` is the batch or the length, not the width.",
-    "Which entry of `query.shape`, counted from the end, is d_k?",
-)(lambda query, key: query @ key.mT / math.sqrt(query.shape[0]))
+)(lambda q, k: k @ q.mT / _root(q))
 ex.mistake(
     "the scores with all dimensions turned round (`.T`)",
     "`.T` reverses every dimension, so the batch ends up inside the matrix.",
     "Which call swaps only the last two dimensions?",
-)(lambda query, key: query @ key.permute(*reversed(range(key.ndim))) / math.sqrt(query.shape[-1]))
+)(lambda q, k: q @ k.permute(*reversed(range(k.ndim))) / _root(q))
 ex.mistake(
-    "the scores with a fixed √64",
-    "The width of the paper is written into the code.",
-    "Where can d_k be read off the inputs?",
-)(lambda query, key: query @ key.mT / 8)
+    "the scores with the first two dimensions swapped",
+    "It is right for a matrix; in a batch, dimensions 0 and 1 are batch and length.",
+    "Which call swaps only the last two dimensions?",
+)(lambda q, k: q @ k.transpose(0, 1) / _root(q))
+ex.mistake(
+    "the scores with the key reshaped instead of transposed",
+    "`view` and `reshape` read the same numbers row by row into another shape: keys are torn up.",
+    "Which call swaps two dimensions?",
+)(lambda q, k: q @ k.reshape(*k.shape[:-2], k.shape[-1], k.shape[-2]) / _root(q))
 ex.mistake(
     "cosine similarities",
     "Queries and keys are brought to length 1, which loses how strongly they match.",
     "Does the formula normalise the rows?",
-)(lambda query, key: F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT)
+)(lambda q, k: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT)
 ex.mistake(
     "the softmax of the scores",
     "Softmax is a step too far: scores come first.",
     "Does the formula of this exercise contain a softmax?",
-)(lambda query, key: (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1))
+)(lambda q, k: (q @ k.mT / _root(q)).softmax(-1))
 ex.mistake(
     "distances instead of dot products",
     "The nearest key scores highest, instead of the most aligned one.",
     "Which product compares a query with a key?",
-)(lambda query, key: -torch.cdist(query, key) / math.sqrt(query.shape[-1]))
+)(lambda q, k: -torch.cdist(q, k) / _root(q))
 ex.mistake(
     "the scores' absolute values",
     "A key that points away from the query is taken for a match.",
     "What does a negative score say?",
-)(lambda query, key: (query @ key.mT).abs() / math.sqrt(query.shape[-1]))
-ex.mistake(
-    "the scores divided by the fourth root of d_k",
-    "Only one of query and key was scaled by d_k^(1/4), or the root was taken twice.",
-    "Which power of d_k stands under the fraction?",
-)(lambda query, key: query @ key.mT / query.shape[-1] ** 0.25)
+)(lambda q, k: (q @ k.mT).abs() / _root(q))
 ex.mistake(
     "the queries compared with one another, Q Qᵀ",
-    "The keys are never used.",
+    "The keys have no effect.",
     "What stands on the right of the product?",
-)(lambda query, key: query @ query.mT / math.sqrt(query.shape[-1]))
+)(lambda q, k: q @ q.mT / _root(q))
 ex.mistake(
     "query and key multiplied entry by entry",
     "A dot product sums over d_k and pairs every query with every key.",
     "Is it `*` or `@`?",
-)(lambda query, key: query * key / math.sqrt(query.shape[-1]))
+)(lambda q, k: q * k / _root(q))
 ex.mistake(
     "the negated scores",
     "The best match gets the lowest score.",
     "Which sign does the formula have?",
-)(lambda query, key: -query @ key.mT / math.sqrt(query.shape[-1]))
+)(lambda q, k: -q @ k.mT / _root(q))
+ex.mistake(
+    "the scores under a causal mask",
+    "Scores of later keys are gone; nothing in this exercise asks for that.",
+    "May query 0 be compared with key 1 here?",
+)(lambda q, k: (q @ k.mT / _root(q)).tril())
 
-ex.alternative("einsum")(
-    lambda query, key: torch.einsum("...id,...jd->...ij", query, key) / math.sqrt(key.shape[-1])
-)
+ex.alternative("einsum")(lambda q, k: torch.einsum("...id,...jd->...ij", q, k) / _root(k))
 ex.alternative("query and key scaled by d_k^(1/4) each")(
-    lambda query, key: (query * query.shape[-1] ** -0.25) @ (key * key.shape[-1] ** -0.25).mT
+    lambda q, k: (q * q.shape[-1] ** -0.25) @ (k * k.shape[-1] ** -0.25).mT
 )
 ex.alternative("broadcast and sum")(
-    lambda query, key: (
-        (query[..., :, None, :] * key[..., None, :, :]).sum(-1) * query.shape[-1] ** -0.5
-    )
+    lambda q, k: (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * q.shape[-1] ** -0.5
 )
 
 
@@ -704,7 +744,8 @@ Row i of the output is token i's mixture of what all tokens have to say. No loop
         "Three projections, a product, a softmax, a product: what are the shapes on the way?",
         "Q and K have width d_k (it may differ from d_model), V has width d_v; the softmax runs "
         "over the keys, so every row of weights sums to 1.",
-        "query, key, value = x @ w_q, x @ w_k, x @ w_v; weights come from the two exercises before.",
+        "query, key, value = x @ w_q, x @ w_k, x @ w_v; weights come from the two exercises "
+        "before.",
     ),
 )
 
@@ -734,6 +775,7 @@ def _(g: torch.Generator) -> list[Case]:
         }
 
     return [
+        case(1, 2, 1, 2, 1),
         case(1, 2, 3, 2, 2),
         case(1, 3, 3, 3, 3),
         case(2, 4, 4, 4, 4),
@@ -745,18 +787,8 @@ def _(g: torch.Generator) -> list[Case]:
     ]
 
 
-def _project(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x @ w_q, x @ w_k, x @ w_v
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return (q @ k.mT * scale).softmax(-1) @ v
-
-
-def _example(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return _normal(g, 2, 4, 3), _normal(g, 3, 2), _normal(g, 3, 2), _normal(g, 3, 5)
+def _example(seed: int) -> list[Tensor]:
+    return _some(seed, (2, 4, 3), (3, 2), (3, 2), (3, 5))
 
 
 @ex.behaviour("tokens that are all alike come out as their own value")
@@ -800,54 +832,73 @@ def _(answer):
     expect(answer(x, w_q, w_k, w_v)[1:], answer(x[1:], w_q, w_k, w_v))
 
 
-ex.mistake(
-    "self-attention without 1/√d_k",
-    "The scores are too spread out, and softmax is nearly a hard choice.",
-    "What are the scores divided by?",
-)(lambda x, w_q, w_k, w_v: _attend(*_project(x, w_q, w_k, w_v), scale=1))
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.mT / _root(query)).softmax(-1) @ value
+
+
+def _self_with(*, scale=None, weigh=None, mix=None) -> Function:
+    """Self-attention with one part replaced."""
+
+    def function(x, w_q, w_k, w_v):
+        query, key, value = x @ w_q, x @ w_k, x @ w_v
+        scores = query @ key.mT * (scale(query, key) if scale else 1 / _root(query))
+        weights = weigh(scores) if weigh else scores.softmax(-1)
+        return mix(weights, query, key, value) if mix else weights @ value
+
+    return function
+
+
+ex.mistakes_from(SCALES[:-3], "self-attention", lambda part: _self_with(scale=part))
+ex.mistakes_from(NORMALISATIONS, "self-attention", lambda part: _self_with(weigh=part))
+ex.mistakes_from(MIXTURES, "self-attention", lambda part: _self_with(mix=part))
 ex.mistake(
     "self-attention scaled by d_model",
     "The width of a token stands where the width of a key should.",
     "Is √d_k read off `x` or off the query?",
-)(lambda x, w_q, w_k, w_v: _attend(*_project(x, w_q, w_k, w_v), scale=x.shape[-1] ** -0.5))
+)(lambda x, w_q, w_k, w_v: _self_with(scale=lambda q, k: 1 / _root(x))(x, w_q, w_k, w_v))
 ex.mistake(
-    "self-attention scaled by the length",
-    "The number of tokens stands where the width of a key should.",
-    "Which entry of `query.shape` is d_k?",
-)(lambda x, w_q, w_k, w_v: _attend(*_project(x, w_q, w_k, w_v), scale=x.shape[1] ** -0.5))
-ex.mistake(
-    "self-attention divided by d_k, without the root",
-    "The root is missing, so the weights are too flat.",
-    "The variance of the scores is d_k; what is their standard deviation?",
-)(lambda x, w_q, w_k, w_v: _attend(*_project(x, w_q, w_k, w_v), scale=1 / w_q.shape[-1]))
+    "self-attention scaled by the width of the values",
+    "d_v stands where d_k should.",
+    "Whose width are the dot products a sum over?",
+)(lambda x, w_q, w_k, w_v: _self_with(scale=lambda q, k: 1 / _root(w_v))(x, w_q, w_k, w_v))
 ex.mistake(
     "self-attention with query and key swapped",
     "The score of i for j is read as that of j for i.",
     "Which of the two owns the rows of the score matrix?",
 )(lambda x, w_q, w_k, w_v: _attend(x @ w_k, x @ w_q, x @ w_v))
 ex.mistake(
+    "self-attention with query and value swapped",
+    "W_Q makes what is averaged, and W_V what is compared with the keys.",
+    "Which projection is compared, and which comes back?",
+)(lambda x, w_q, w_k, w_v: _attend(x @ w_v, x @ w_k, x @ w_q))
+ex.mistake(
+    "self-attention with key and value swapped",
+    "W_K makes what is averaged, and W_V what the queries are compared with.",
+    "Which projection is compared, and which comes back?",
+)(lambda x, w_q, w_k, w_v: _attend(x @ w_q, x @ w_v, x @ w_k))
+ex.mistake(
     "self-attention with the tokens as values",
-    "W_V is never used.",
+    "W_V has no effect.",
     "What is averaged: the tokens, or their projection by w_v?",
 )(lambda x, w_q, w_k, w_v: _attend(x @ w_q, x @ w_k, x))
 ex.mistake(
-    "self-attention with the keys as values",
-    "W_V is never used.",
-    "Which of the three projections comes back?",
-)(lambda x, w_q, w_k, w_v: _attend(x @ w_q, x @ w_k, x @ w_k))
-ex.mistake(
     "self-attention with the tokens as keys and queries",
-    "W_Q and W_K are never used.",
+    "W_Q and W_K have no effect.",
     "What are Q and K made of?",
 )(lambda x, w_q, w_k, w_v: _attend(x, x, x @ w_v))
 ex.mistake(
-    "self-attention with one projection for query and key",
-    "W_Q serves for both, or W_K does: i looks at j exactly as j looks at i.",
+    "self-attention without any projection",
+    "The three matrices have no effect.",
+    "What are Q, K and V made of?",
+)(lambda x, w_q, w_k, w_v: _attend(x, x, x))
+ex.mistake(
+    "self-attention with W_Q for query and key",
+    "W_K has no effect: i looks at j exactly as j looks at i.",
     "Does each of the three matrices appear once?",
 )(lambda x, w_q, w_k, w_v: _attend(x @ w_q, x @ w_q, x @ w_v))
 ex.mistake(
     "self-attention with W_K for query and key",
-    "W_Q is never used: i looks at j exactly as j looks at i.",
+    "W_Q has no effect: i looks at j exactly as j looks at i.",
     "Does each of the three matrices appear once?",
 )(lambda x, w_q, w_k, w_v: _attend(x @ w_k, x @ w_k, x @ w_v))
 ex.mistake(
@@ -857,77 +908,57 @@ ex.mistake(
     "What shape does `x @ w_q` have?",
 )(lambda x, w_q, w_k, w_v: _attend(x @ w_q.mT, x @ w_k.mT, x @ w_v.mT))
 ex.mistake(
-    "self-attention with softmax over the queries",
-    "Columns of weights sum to 1 instead of rows.",
-    "Along which dimension do the keys lie?",
-)(
-    lambda x, w_q, w_k, w_v: (
-        ((x @ w_q) @ (x @ w_k).mT / math.sqrt(w_q.shape[-1])).softmax(-2) @ (x @ w_v)
-    )
-)
-ex.mistake(
-    "self-attention with softmax over the batch",
-    "The elements of the batch compete with one another.",
-    "Along which dimension do the keys lie?",
-)(
-    lambda x, w_q, w_k, w_v: (
-        ((x @ w_q) @ (x @ w_k).mT / math.sqrt(w_q.shape[-1])).softmax(0) @ (x @ w_v)
-    )
-)
-ex.mistake(
-    "self-attention without softmax",
-    "The scores themselves are used as weights.",
-    "What turns scores into weights that sum to 1?",
-)(lambda x, w_q, w_k, w_v: (x @ w_q) @ (x @ w_k).mT / math.sqrt(w_q.shape[-1]) @ (x @ w_v))
+    "self-attention with the keys reshaped instead of transposed",
+    "`view` and `reshape` read the same numbers row by row into another shape: keys are torn up.",
+    "Which call swaps two dimensions?",
+)(lambda x, w_q, w_k, w_v: _attend(x @ w_q, (x @ w_k).reshape((x @ w_k).mT.shape).mT, x @ w_v))
 ex.mistake(
     "self-attention under a causal mask",
     "Later tokens are hidden; nothing in this exercise asks for that.",
     "May token 0 look at token 1 here?",
-)(
-    lambda x, w_q, w_k, w_v: F.scaled_dot_product_attention(
-        x @ w_q, x @ w_k, x @ w_v, is_causal=True
-    )
-)
-ex.mistake(
-    "the attention weights, not the output",
-    "The values are never used.",
-    "What is averaged with the weights?",
-)(lambda x, w_q, w_k, w_v: ((x @ w_q) @ (x @ w_k).mT / math.sqrt(w_q.shape[-1])).softmax(-1))
+)(lambda x, a, b, c: F.scaled_dot_product_attention(x @ a, x @ b, x @ c, is_causal=True))
 ex.mistake(
     "the values alone",
     "Every token keeps its own value: nobody has looked at anybody.",
     "Where do query and key enter?",
 )(lambda x, w_q, w_k, w_v: x @ w_v)
 ex.mistake(
+    "self-attention averaged over the tokens",
+    "All tokens get the same output, or one is left.",
+    "Does the last step sum over the keys or over the queries?",
+)(lambda x, w_q, w_k, w_v: _attend(x @ w_q, x @ w_k, x @ w_v).mean(1))
+ex.mistake(
     "self-attention with the softmax before the scale",
     "1/√d_k is applied to the weights, which no longer sum to 1.",
     "Does the scale act on the scores or on the weights?",
-)(lambda x, w_q, w_k, w_v: ((x @ w_q) @ (x @ w_k).mT).softmax(-1) / math.sqrt(w_q.shape[-1]) @ (x @ w_v))  # fmt: skip  # noqa: E501
-ex.mistake(
+)(lambda x, a, b, c: ((x @ a) @ (x @ b).mT).softmax(-1) / _root(a) @ (x @ c))
+
+
+@ex.mistake(
     "self-attention with its input added",
     "That is a residual connection, which comes in chapter 05.",
     "Does the formula add x to the result?",
-)(lambda x, w_q, w_k, w_v: (o := _attend(*_project(x, w_q, w_k, w_v))) + (x if x.shape == o.shape else x @ w_v))  # fmt: skip  # noqa: E501
+)
+def _(x, w_q, w_k, w_v):
+    output = _attend(x @ w_q, x @ w_k, x @ w_v)
+    return output + x if output.shape == x.shape else output
+
 
 ex.alternative("scaled_dot_product_attention")(
     lambda x, w_q, w_k, w_v: F.scaled_dot_product_attention(x @ w_q, x @ w_k, x @ w_v)
 )
 ex.alternative("the two matrices of the scores multiplied first")(
-    lambda x, w_q, w_k, w_v: (
-        torch.softmax(x @ (w_q @ w_k.mT) @ x.mT / math.sqrt(w_k.shape[1]), -1) @ x @ w_v
-    )
+    lambda x, a, b, c: torch.softmax(x @ (a @ b.mT) @ x.mT / math.sqrt(b.shape[1]), -1) @ x @ c
 )
 ex.alternative("the values projected last")(
-    lambda x, w_q, w_k, w_v: (
-        (torch.softmax((x @ w_q) @ (x @ w_k).mT / math.sqrt(w_k.shape[1]), -1) @ x) @ w_v
-    )
+    lambda x, a, b, c: (torch.softmax((x @ a) @ (x @ b).mT / math.sqrt(b.shape[1]), -1) @ x) @ c
 )
-ex.alternative("F.linear and bmm")(
-    lambda x, w_q, w_k, w_v: torch.bmm(
-        F.softmax(torch.bmm(F.linear(x, w_q.T), F.linear(x, w_k.T).mT) / w_q.shape[1] ** 0.5, -1),
-        F.linear(x, w_v.T),
-    )
-)
+
+
+@ex.alternative("F.linear and bmm")
+def _(x, w_q, w_k, w_v):
+    query, key, value = F.linear(x, w_q.T), F.linear(x, w_k.T), F.linear(x, w_v.T)
+    return torch.bmm(F.softmax(torch.bmm(query, key.mT) / w_q.shape[1] ** 0.5, -1), value)
 
 
 @ex.alternative("a loop over the batch and the queries")
@@ -955,17 +986,18 @@ ex = Exercise(
     points=2,
     batched=True,
     prompt=r"""
-Some keys must not be seen: padding, or the future. A mask says which ones may: **True = may attend**.
-An invisible key gets the weight 0 and the others share the 1 among themselves, exactly as if it were
-not there. A row in which nothing is visible gets weights 0 everywhere, never NaN.
+Some keys must not be seen: padding, or the future. A mask says which ones may: **True = may
+attend**. A hidden key gets the weight 0 and the others share the 1 among themselves, exactly as if
+it were not there. A row in which nothing is visible gets weights 0 everywhere, never NaN.
 
 The mask broadcasts against the scores: `(n_q, n_k)`, `(batch, 1, n_k)` and so on.
 """,
     hints=(
         "Which score makes exp exactly 0?",
-        "-inf for the invisible scores, before the softmax. A row of nothing but -inf gives NaN: "
+        "-inf for the hidden scores, before the softmax. A row of nothing but -inf gives NaN: "
         "find those rows and set them to 0.",
-        "weights = torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1); which rows are NaN now?",
+        "weights = torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1); which rows are NaN "
+        "now?",
     ),
 )
 
@@ -985,51 +1017,50 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
-    def mask(*shape: int, share: float = 0.6) -> Tensor:
-        visible = torch.rand(*shape, generator=g) < share
+    def case(*shape: int, mask_shape: tuple[int, ...] = ()) -> Case:
+        visible = torch.rand(mask_shape or shape, generator=g) < 0.6
         visible[..., 0] |= ~visible.any(-1)  # at least one visible key a row
-        return visible
+        return {"scores": _normal(g, *shape), "mask": visible}
 
-    full = torch.ones(2, 3, dtype=torch.bool)
-    first = full.clone()
-    first[0, 2] = first[1, 0] = False
-    with_empty = mask(3, 4)
-    with_empty[1] = False
-    huge = _normal(g, 2, 3).masked_fill(~first, 500.0)
-    low = _normal(g, 2, 3) - 200.0
+    two = torch.tensor([[True, True, False], [False, True, True]])
+    one_empty = torch.tensor([[True, False, True], [False, False, False]])
+    low = 100 * _normal(g, 2, 3).round() - 2e4
     return [
-        {"scores": _normal(g, 2, 3), "mask": first},
-        {"scores": _normal(g, 2, 3), "mask": full},
+        {"scores": _normal(g, 2, 3), "mask": two},
+        {"scores": _normal(g, 2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)},
+        {"scores": _normal(g, 2, 3), "mask": one_empty},
         {"scores": _normal(g, 3, 3), "mask": torch.ones(3, 3, dtype=torch.bool).tril()},
-        {"scores": _normal(g, 3, 4), "mask": with_empty},
-        {"scores": huge, "mask": first},
-        {"scores": low, "mask": first},
-        {"scores": 100 * _normal(g, 2, 3).round() - 2e4, "mask": first},
-        {"scores": _normal(g, 4, 4) * 3, "mask": mask(4, 4)},
-        {"scores": _normal(g, 2, 3, 4), "mask": mask(3, 4)},
-        {"scores": _normal(g, 3, 3, 5), "mask": mask(3, 1, 5)},
-        {"scores": _normal(g, 2, 2, 3, 3), "mask": mask(2, 1, 3, 3)},
-        {"scores": _normal(g, 3, 2, 5), "mask": mask(3, 2, 5)},
+        {"scores": _normal(g, 2, 3).masked_fill(~two, 2e4), "mask": two},
+        {"scores": _normal(g, 2, 3) - 50.0, "mask": two},
+        {"scores": _normal(g, 2, 3) - 200.0, "mask": two},
+        {"scores": low, "mask": two},
+        case(4, 4),
+        case(3, 1),
+        case(2, 3, 4, mask_shape=(3, 4)),
+        case(3, 3, 5, mask_shape=(3, 1, 5)),
+        case(2, 2, 3, 3, mask_shape=(2, 1, 3, 3)),
+        case(3, 2, 5),
     ]
 
 
-@ex.behaviour("an invisible key gets the weight 0, exactly")
+TWO_OF_THREE = torch.tensor([[True, True, False], [False, True, True]])
+
+
+@ex.behaviour("a hidden key gets the weight 0, exactly")
 def _(answer):
-    mask = torch.tensor([[True, True, False], [False, True, True]])
-    weights = answer(torch.tensor([[1.0, 2.0, 30.0], [30.0, 1.0, 0.0]]), mask)
-    if (weights[~mask] != 0).any():
-        expect(weights[~mask], torch.zeros(2))
-        expect(bool((weights[~mask] == 0).all()), True)
+    case = {"scores": torch.tensor([[1.0, 2.0, 30.0], [30.0, 1.0, 0.0]]), "mask": TWO_OF_THREE}
+    leaked = answer.on(case)[~TWO_OF_THREE]
+    if (leaked != 0).any():
+        raise Broken(f"a hidden key got the weight {leaked.max().item():.3g}", case=case)
 
 
 @ex.behaviour("the visible weights of each row sum to 1")
 def _(answer):
-    mask = torch.tensor([[True, True, False], [False, True, True]])
-    weights = answer(torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 0.0]]), mask)
+    weights = answer(torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 0.0]]), TWO_OF_THREE)
     expect(weights.sum(-1), torch.ones(2))
 
 
-@ex.behaviour("it is softmax of the row without its invisible keys")
+@ex.behaviour("it is softmax of the row without its hidden keys")
 def _(answer):
     case = {"scores": torch.tensor([[1.0, 9.0, 2.0]]), "mask": torch.tensor([[True, False, True]])}
     expect(answer.on(case), torch.tensor([[0.2689414, 0.0, 0.7310586]]), case=case)
@@ -1043,137 +1074,53 @@ def _(answer):
 
 @ex.behaviour("a row without a visible key is 0, not NaN")
 def _(answer):
-    case = {
-        "scores": torch.tensor([[1.0, 2.0], [0.0, 3.0]]),
-        "mask": torch.tensor([[False, False], [True, True]]),
-    }
+    mask = torch.tensor([[False, False], [True, True]])
+    case = {"scores": torch.tensor([[1.0, 2.0], [0.0, 3.0]]), "mask": mask}
     want = torch.tensor([[0.0, 0.0], [0.0474259, 0.9525741]])
     expect(answer.on(case), want, case=case)
 
 
-@ex.behaviour("an invisible score changes nothing, however large")
+@ex.behaviour("a hidden score changes nothing, however large")
 def _(answer):
     mask = torch.tensor([[True, True, False]])
-    scores = torch.tensor([[0.3, -0.2, 0.0]])
-    large = torch.tensor([[0.3, -0.2, 1e4]])
-    case = {"scores": large, "mask": mask}
-    expect(answer.on(case), answer(scores, mask), case=case)
+    case = {"scores": torch.tensor([[0.3, -0.2, 1e4]]), "mask": mask}
+    expect(answer.on(case), answer(torch.tensor([[0.3, -0.2, 0.0]]), mask), case=case)
 
 
 @ex.behaviour("very low visible scores still share the 1")
 def _(answer):
-    case = {
-        "scores": torch.tensor([[-2e4, -2e4, 0.0]]),
-        "mask": torch.tensor([[True, True, False]]),
-    }
+    mask = torch.tensor([[True, True, False]])
+    case = {"scores": torch.tensor([[-2e4, -2e4, 0.0]]), "mask": mask}
     expect(answer.on(case), torch.tensor([[0.5, 0.5, 0.0]]), case=case)
 
 
-def _empty(mask: Tensor) -> Tensor:
-    return ~mask.any(-1, keepdim=True)
-
-
-def _right(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(~mask, -INF).softmax(-1).masked_fill(_empty(mask), 0.0)
-
-
+ex.mistakes_from(MASKINGS, "the weights", lambda part: part)
 ex.mistake(
-    "softmax with the mask's polarity swapped",
-    "True means may attend, and here the visible keys are hidden.",
-    "Which keys does `masked_fill` fill: those where its argument is True or False?",
-)(lambda scores, mask: _right(scores, ~mask.expand(scores.shape)))
+    "the weights with softmax along dimension 1, counted from the front",
+    "It is right for a matrix and wrong once a batch dimension stands before it.",
+    "How do you name the last dimension, however many there are?",
+)(lambda s, m: s.masked_fill(~m, -INF).softmax(1).nan_to_num(0.0))
 ex.mistake(
-    "softmax with the mask's polarity swapped, NaN where nothing is left",
-    "True means may attend, and here the visible keys are hidden.",
-    "Which keys does `masked_fill` fill: those where its argument is True or False?",
-)(lambda scores, mask: scores.masked_fill(mask, -INF).softmax(-1))
+    "the weights with 0 for the hidden scores, masked again and divided by what is left",
+    "Visible scores far below 0 have underflowed before they are divided.",
+    "Which score makes exp exactly 0, so that no second mask is needed?",
+)(lambda s, m: share(filled(s, m, 0.0) * m, 1e-9))
 ex.mistake(
-    "softmax, masked afterwards",
-    "The invisible keys have already taken their share, so the rest does not sum to 1.",
-    "Should the mask act before or after the softmax?",
-)(lambda scores, mask: scores.softmax(-1) * mask)
-ex.mistake(
-    "softmax of the scores multiplied by the mask",
-    "A score of 0 is not invisible: exp(0) = 1.",
-    "Which score makes exp exactly 0?",
-)(lambda scores, mask: (scores * mask).softmax(-1))
-ex.mistake(
-    "softmax of the scores multiplied by the mask, empty rows 0",
-    "A score of 0 is not invisible: exp(0) = 1.",
-    "Which score makes exp exactly 0?",
-)(lambda scores, mask: (scores * mask).softmax(-1).masked_fill(_empty(mask), 0.0))
-ex.mistake(
-    "masked softmax with NaN where nothing is visible",
-    "A row of nothing but -inf is 0 / 0.",
-    "Which rows have no visible key, and what should stand there?",
-)(lambda scores, mask: scores.masked_fill(~mask, -INF).softmax(-1))
-ex.mistake(
-    "masked softmax with equal weights where nothing is visible",
-    "A large negative number (-1e9, finfo.min) in every place of a row is the same number everywhere.",
-    "What are the weights of a row in which all scores are equal?",
-)(lambda scores, mask: scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1))
-ex.mistake(
-    "masked softmax with -1e4 instead of -inf",
-    "A visible score can be as low as that, and then the invisible key counts.",
+    "the weights with -1e4 instead of -inf",
+    "A visible score can be as low as that, and then the hidden key counts.",
     "Is there a number below every other?",
-)(lambda scores, mask: scores.masked_fill(~mask, -1e4).softmax(-1).masked_fill(_empty(mask), 0.0))
+)(lambda s, m: filled(s, m, -1e4).masked_fill(empty(m), 0.0))
 ex.mistake(
-    "masked softmax with -10 instead of -inf",
-    "exp(-10) is small but not 0: the invisible keys leak.",
-    "Which score makes exp exactly 0?",
-)(lambda scores, mask: scores.masked_fill(~mask, -10.0).softmax(-1).masked_fill(_empty(mask), 0.0))
-ex.mistake(
-    "masked softmax that subtracts a fixed number from the invisible scores",
-    "An invisible score that is large enough comes back.",
-    "Is the invisible score replaced, or only lowered?",
-)(lambda scores, mask: (scores - 100.0 * ~mask).softmax(-1).masked_fill(_empty(mask), 0.0))
-ex.mistake(
-    "softmax, masked afterwards and divided by what is left",
-    "It is right on ordinary numbers; where an invisible score towers above, the visible weights "
-    "have underflowed to 0 before they are divided.",
-    "What should the largest score be taken over: all keys, or the visible ones?",
-)(
-    lambda scores, mask: (
-        (w := scores.softmax(-1) * mask)
-        / w.sum(-1, keepdim=True).masked_fill(_empty(mask), 1.0)
-    )
-)  # fmt: skip
-ex.mistake(
-    "softmax, masked afterwards and divided by what is left plus a small number",
-    "Where an invisible score towers above, the visible weights have underflowed to 0.",
-    "What should the largest score be taken over: all keys, or the visible ones?",
-)(lambda scores, mask: (w := scores.softmax(-1) * mask) / w.sum(-1, keepdim=True).clamp(min=1e-9))
-ex.mistake(
-    "softmax without the mask",
-    "The mask is never used.",
-    "Where does `mask` enter?",
-)(lambda scores, mask: scores.softmax(-1))
-ex.mistake(
-    "masked softmax over the queries",
-    "Columns sum to 1 instead of rows.",
-    "Along which dimension do the keys lie?",
-)(lambda scores, mask: scores.masked_fill(~mask, -INF).softmax(-2).nan_to_num(0.0))
-ex.mistake(
-    "masked softmax without the maximum subtracted",
-    "exp of very low or very high scores leaves float32.",
-    "What may be subtracted from every score of a row without changing the result?",
-)(
-    lambda scores, mask: (
-        (e := scores.exp() * mask) / e.sum(-1, keepdim=True).masked_fill(_empty(mask), 1.0)
-    )
-)
-ex.mistake(
-    "masked softmax times -inf",
-    "0 · inf is NaN: the visible scores are spoiled too.",
-    "What is (1 - mask) · (-inf) where the mask is 1?",
-)(lambda scores, mask: (scores + (1 - mask.to(scores.dtype)) * -INF).softmax(-1))
+    "the weights with 1e4 subtracted from the hidden scores",
+    "A hidden score that is large enough comes back.",
+    "Is the hidden score replaced, or only lowered?",
+)(lambda s, m: (s - 1e4 * ~m).softmax(-1).masked_fill(empty(m), 0.0))
+
 ex.alternative("-inf, then nan_to_num")(
-    lambda scores, mask: torch.where(mask, scores, -INF).softmax(-1).nan_to_num(0.0)
+    lambda s, m: torch.where(m, s, -INF).softmax(-1).nan_to_num(0.0)
 )
 ex.alternative("finfo.min, then the mask again")(
-    lambda scores, mask: (
-        scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
-    )
+    lambda s, m: filled(s, m, torch.finfo(s.dtype).min).masked_fill(~m, 0.0)
 )
 
 
@@ -1218,15 +1165,16 @@ Now put it together: the function that every Transformer is made of.
 
 $$\mathrm{Attention}(Q, K, V) = \mathrm{softmax}\left(\frac{Q K^\top}{\sqrt{d_k}}\right) V$$
 
-- `mask`, if given, is bool and broadcasts to `(batch, n_q, n_k)`; **True = may attend**. A query that
-  may see nothing gets the output 0 and weights 0.
+- `mask`, if given, is bool and broadcasts to `(batch, n_q, n_k)`; **True = may attend**. A query
+  that may see nothing gets the output 0 and weights 0.
 - With `return_weights=True` it returns `(output, weights)`, otherwise the output alone.
 - n_q and n_k may differ, and so may d_k and d_v.
 
 This is `course_lib.attention` for one head; after it you may use the real one.
 """,
     hints=(
-        "You have written all the parts: which of your functions gives the scores, which the weights?",
+        "You have written all the parts: which of your functions gives the scores, which the "
+        "weights?",
         "The mask acts between scores and softmax. The output is weights @ value, so an empty row "
         "of weights gives an output of 0 by itself.",
         "weights = masked_softmax(attention_scores(query, key), mask); output = weights @ value.",
@@ -1261,16 +1209,23 @@ def attention(
     ### END SOLUTION
 
 
+def _case(g: torch.Generator, sizes: tuple[int, int, int, int, int], **options: object) -> Case:
+    batch, n_q, n_k, d_k, d_v = sizes
+    shapes = {"query": (batch, n_q, d_k), "key": (batch, n_k, d_k), "value": (batch, n_k, d_v)}
+    return {name: _normal(g, *shape) for name, shape in shapes.items()} | options
+
+
+def _towering(g: torch.Generator) -> Case:
+    """Visible scores around -100, hidden ones around 300."""
+    case = _case(g, (1, 2, 3, 4, 2), mask=torch.tensor([[True, True, False]]))
+    key = case["key"] / 10 - 1
+    key[:, 2] += 4
+    return case | {"query": torch.full((1, 2, 4), 50.0), "key": key}
+
+
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
-    def case(batch: int, n_q: int, n_k: int, d_k: int, d_v: int, **options: object) -> Case:
-        return {
-            "query": _normal(g, batch, n_q, d_k),
-            "key": _normal(g, batch, n_k, d_k),
-            "value": _normal(g, batch, n_k, d_v),
-            **options,
-        }
-
+    second = torch.tensor([[True, False], [False, False]])  # nothing is visible to query 1
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     ragged = torch.arange(4) < torch.tensor([4, 2])[:, None]  # (batch, n_k)
     holes = torch.rand(3, 4, 5, generator=g) < 0.6
@@ -1278,23 +1233,25 @@ def _(g: torch.Generator) -> list[Case]:
     empty = holes.clone()
     empty[1, 2] = False
     return [
-        case(1, 2, 2, 2, 1),
-        case(1, 2, 3, 2, 2),
-        case(2, 3, 3, 3, 3),
-        case(1, 3, 3, 4, 2, return_weights=True),
-        case(2, 4, 4, 4, 4, mask=causal),
-        case(2, 3, 4, 5, 2, mask=ragged[:, None, :]),
-        case(2, 1, 5, 2, 3),
-        case(3, 4, 5, 3, 3, mask=empty),
-        case(3, 4, 5, 6, 2, mask=empty, return_weights=True),
-        case(3, 4, 5, 16, 2, mask=holes),
-        case(3, 3, 3, 3, 3),
+        _case(g, (1, 2, 2, 2, 1)),
+        _case(g, (1, 2, 2, 2, 1), mask=second),
+        _case(g, (1, 2, 2, 2, 1), mask=second, return_weights=True),
+        _case(g, (1, 2, 3, 2, 2)),
+        _case(g, (2, 3, 3, 3, 3)),
+        _case(g, (1, 3, 3, 4, 2), return_weights=True),
+        _case(g, (2, 4, 4, 4, 4), mask=causal),
+        _case(g, (2, 3, 4, 5, 2), mask=ragged[:, None, :]),
+        _towering(g),
+        _case(g, (2, 1, 5, 2, 3)),
+        _case(g, (3, 4, 5, 3, 3), mask=empty),
+        _case(g, (3, 4, 5, 6, 2), mask=empty, return_weights=True),
+        _case(g, (3, 4, 5, 16, 2), mask=holes),
+        _case(g, (3, 4, 4, 5, 6)),
     ]
 
 
-def _qkv(seed: int, *, n_q: int = 3, n_k: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return _normal(g, 2, n_q, 5), _normal(g, 2, n_k, 5), _normal(g, 2, n_k, 3)
+def _qkv(seed: int, *, n_q: int = 3, n_k: int = 4) -> list[Tensor]:
+    return _some(seed, (2, n_q, 5), (2, n_k, 5), (2, n_k, 3))
 
 
 @ex.behaviour("a query that matches no key better than another gets the mean of the values")
@@ -1362,127 +1319,61 @@ def _give(output: Tensor, weights: Tensor, return_weights: bool) -> Tensor | tup
     return (output, weights) if return_weights else output
 
 
-def _wrong(*, scale=None, weigh=None, mix=None):
-    """Attention with one step replaced."""
+def _with(*, scale=None, normalise=None, weigh=None, mix=None, give=_give) -> Function:
+    """Attention with one part replaced."""
 
     def function(query, key, value, mask=None, return_weights=False):
-        by = query.shape[-1] ** -0.5 if scale is None else scale(query, key, value)
-        scores = query @ key.mT * by
-        if weigh is not None:
-            weights = weigh(scores, mask)
+        scores = query @ key.mT * (scale(query, key) if scale else 1 / _root(query))
+        if mask is None:
+            weights = normalise(scores) if normalise else scores.softmax(-1)
+        elif normalise:
+            weights = normalise(scores.masked_fill(~mask, -INF)).nan_to_num(0.0)
         else:
-            weights = scores.softmax(-1) if mask is None else _right(scores, mask)
-        output = weights @ value if mix is None else mix(weights, query, key, value)
-        return _give(output, weights, return_weights)
+            weights = (weigh or visible_softmax)(scores, mask)
+        output = mix(weights, query, key, value) if mix else weights @ value
+        return give(output, weights, return_weights)
 
     return function
 
 
-def _or_plain(masked):
-    """A way to weigh that is plain softmax where there is no mask."""
-    return lambda scores, mask: scores.softmax(-1) if mask is None else masked(scores, mask)
-
-
+ex.mistakes_from(SCALES, "attention", lambda part: _with(scale=part))
+ex.mistakes_from(NORMALISATIONS, "attention", lambda part: _with(normalise=part))
+ex.mistakes_from(MIXTURES, "attention", lambda part: _with(mix=part))
+ex.mistakes_from(MASKINGS, "attention", lambda part: _with(weigh=part))
 ex.mistake(
-    "attention without the 1/√d_k scale",
-    "The scores are too spread out, and softmax is nearly a hard choice.",
-    "What are the scores divided by?",
-)(_wrong(scale=lambda q, k, v: 1.0))
-ex.mistake(
-    "attention divided by d_k, without the root",
-    "The weights are too flat.",
-    "The variance of the scores is d_k; what is their standard deviation?",
-)(_wrong(scale=lambda q, k, v: 1 / q.shape[-1]))
-ex.mistake(
-    "attention scaled by the width of the values",
-    "d_v stands where d_k should.",
-    "Whose width are the dot products a sum over?",
-)(_wrong(scale=lambda q, k, v: v.shape[-1] ** -0.5))
-ex.mistake(
-    "attention scaled by the number of keys",
-    "√n_k stands where √d_k should.",
-    "Which entry of `key.shape` is d_k?",
-)(_wrong(scale=lambda q, k, v: k.shape[-2] ** -0.5))
-ex.mistake(
-    "attention scaled by the number of queries",
-    "√n_q stands where √d_k should.",
-    "Which entry of `query.shape` is d_k?",
-)(_wrong(scale=lambda q, k, v: q.shape[-2] ** -0.5))
-ex.mistake(
-    "attention multiplied by √d_k",
-    "The scale is upside down.",
-    "Should wider keys make the scores larger?",
-)(_wrong(scale=lambda q, k, v: q.shape[-1] ** 0.5))
-ex.mistake(
-    "attention without the mask",
-    "The mask is never used.",
-    "Where does `mask` enter, and is it passed on?",
-)(_wrong(weigh=lambda scores, mask: scores.softmax(-1)))
-ex.mistake(
-    "attention with the mask's polarity swapped",
-    "True means may attend, and here the visible keys are hidden.",
-    "Which keys does `masked_fill` fill: those where its argument is True or False?",
-)(_wrong(weigh=_or_plain(lambda scores, mask: _right(scores, ~mask.expand(scores.shape)))))
-ex.mistake(
-    "attention with the mask's polarity swapped, NaN where nothing is left",
-    "True means may attend, and here the visible keys are hidden.",
-    "Which keys does `masked_fill` fill: those where its argument is True or False?",
-)(_wrong(weigh=_or_plain(lambda scores, mask: scores.masked_fill(mask, -INF).softmax(-1))))
-ex.mistake(
-    "attention masked after the softmax",
-    "The hidden keys have already taken their share, so the rest does not sum to 1.",
-    "Should the mask act before or after the softmax?",
-)(_wrong(weigh=_or_plain(lambda scores, mask: scores.softmax(-1) * mask)))
-ex.mistake(
-    "attention with the scores multiplied by the mask",
-    "A score of 0 is not hidden: exp(0) = 1.",
-    "Which score makes exp exactly 0?",
-)(_wrong(weigh=_or_plain(lambda scores, mask: (scores * mask).softmax(-1))))
-ex.mistake(
-    "attention with softmax over the queries",
-    "Columns of weights sum to 1 instead of rows.",
-    "Along which dimension do the keys lie?",
-)(_wrong(weigh=lambda s, m: (s if m is None else s.masked_fill(~m, -INF)).softmax(-2).nan_to_num(0.0)))  # fmt: skip  # noqa: E501
-ex.mistake(
-    "attention with softmax over the batch",
-    "The elements of the batch compete with one another.",
-    "Along which dimension do the keys lie?",
-)(_wrong(weigh=lambda s, m: (s if m is None else s.masked_fill(~m, -INF)).softmax(0).nan_to_num(0.0)))  # fmt: skip  # noqa: E501
-ex.mistake(
-    "attention with NaN where a query may see nothing",
-    "A row of nothing but -inf is 0 / 0.",
-    "Which rows have no visible key, and what should stand there?",
-)(_wrong(weigh=_or_plain(lambda scores, mask: scores.masked_fill(~mask, -INF).softmax(-1))))
-ex.mistake(
-    "attention with the mean of the values where a query may see nothing",
-    "A large negative number in every place of a row is the same number everywhere.",
-    "What are the weights of a row in which all scores are equal?",
-)(_wrong(weigh=_or_plain(lambda scores, mask: scores.masked_fill(~mask, -1e9).softmax(-1))))
-ex.mistake(
-    "attention without softmax",
-    "The scores themselves are used as weights.",
-    "What turns scores into weights that sum to 1?",
-)(_wrong(weigh=lambda scores, mask: scores if mask is None else scores * mask))
-ex.mistake(
-    "attention that mixes the keys",
-    "The values are never used.",
-    "What is averaged with the weights?",
-)(_wrong(mix=lambda weights, query, key, value: weights @ key))
-ex.mistake(
-    "attention with the hidden scores set to -10",
-    "exp(-10) is small but not 0: the hidden keys leak.",
-    "Which score makes exp exactly 0?",
-)(_wrong(weigh=_or_plain(lambda s, m: s.masked_fill(~m, -10.0).softmax(-1).masked_fill(_empty(m), 0.0))))  # fmt: skip  # noqa: E501
-
-
-@ex.mistake(
     "attention that returns (weights, output)",
     "The two results are in the wrong order.",
     "Which comes first in the docstring?",
+)(_with(give=lambda output, weights, both: (weights, output) if both else output))
+ex.mistake(
+    "attention that never returns the weights",
+    "return_weights has no effect.",
+    "What should come back when return_weights is True?",
+)(_with(give=lambda output, weights, both: output))
+ex.mistake(
+    "attention that always returns the weights",
+    "return_weights has no effect.",
+    "What should come back when return_weights is False?",
+)(_with(give=lambda output, weights, both: (output, weights)))
+ex.mistake(
+    "attention that returns the weights alone where both are asked for",
+    "With return_weights=True two things should come back, the output first.",
+    "What does the docstring say about the result?",
+)(_with(give=lambda output, weights, both: weights if both else output))
+ex.mistake(
+    "attention that returns the weights transposed",
+    "Row i of the weights should belong to query i.",
+    "Which weights is the output made with?",
+)(_with(give=lambda output, weights, both: _give(output, weights.mT, both)))
+
+
+@ex.mistake(
+    "attention scaled by the width of the values",
+    "d_v stands where d_k should.",
+    "Whose width are the dot products a sum over?",
 )
 def _(query, key, value, mask=None, return_weights=False):
-    result = attention(query, key, value, mask, return_weights)
-    return result[::-1] if return_weights else result
+    return _with(scale=lambda q, k: 1 / _root(value))(query, key, value, mask, return_weights)
 
 
 @ex.mistake(
@@ -1491,26 +1382,39 @@ def _(query, key, value, mask=None, return_weights=False):
     "Do the rows of what you return sum to 1?",
 )
 def _(query, key, value, mask=None, return_weights=False):
-    scores = query @ key.mT * query.shape[-1] ** -0.5
-    return _give(attention(query, key, value, mask), scores, return_weights)
+    output = attention(query, key, value, mask)
+    return _give(output, query @ key.mT / _root(query), return_weights)
 
 
 @ex.mistake(
-    "attention that never returns the weights",
-    "return_weights is ignored.",
-    "What should come back when return_weights is True?",
+    "attention that returns the weights before the mask",
+    "The output heeds the mask, the weights you return do not.",
+    "Which weights is the output made with?",
 )
 def _(query, key, value, mask=None, return_weights=False):
-    return attention(query, key, value, mask)
+    output = attention(query, key, value, mask)
+    return _give(output, (query @ key.mT / _root(query)).softmax(-1), return_weights)
 
 
 @ex.mistake(
-    "attention that always returns the weights",
-    "return_weights is ignored.",
-    "What should come back when return_weights is False?",
+    "attention with NaN in the weights where a query may see nothing",
+    "The output has been mended, the weights have not.",
+    "Where does the NaN arise, and what is made of it afterwards?",
 )
 def _(query, key, value, mask=None, return_weights=False):
-    return attention(query, key, value, mask, True)
+    output = attention(query, key, value, mask)
+    _, weights = _with(weigh=filled)(query, key, value, mask, True)
+    return _give(output, weights, return_weights)
+
+
+@ex.mistake(
+    "attention with NaN in the output where a query may see nothing",
+    "The weights you return have been mended, those that the output is made with have not.",
+    "Where does the NaN arise, and what is made of it afterwards?",
+)
+def _(query, key, value, mask=None, return_weights=False):
+    output = _with(weigh=filled)(query, key, value, mask)
+    return _give(output, attention(query, key, value, mask, True)[1], return_weights)
 
 
 @ex.mistake(
@@ -1519,14 +1423,14 @@ def _(query, key, value, mask=None, return_weights=False):
     "Which of the two stands on the left of the product?",
 )
 def _(query, key, value, mask=None, return_weights=False):
-    scores = key @ query.mT * query.shape[-1] ** -0.5
-    weights = scores.softmax(-1) if mask is None else _right(scores, mask)
+    scores = key @ query.mT / _root(query)
+    weights = scores.softmax(-1) if mask is None else visible_softmax(scores, mask)
     return _give(weights @ value, weights, return_weights)
 
 
 @ex.mistake(
-    "causal attention, whatever the mask",
-    "Later keys are hidden though nobody asked for it.",
+    "causal attention where nobody asked for it",
+    "Later keys are hidden, with a mask and without.",
     "What does the function do when mask is None?",
 )
 def _(query, key, value, mask=None, return_weights=False):

@@ -9,26 +9,32 @@ from __future__ import annotations
 
 import csv
 import io
-import linecache
-import math
+import json
 import multiprocessing
-import multiprocessing.connection
 import os
+import signal
 import tempfile
 import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import torch
-from torch import Tensor
+from nbformat import NotebookNode
 
-from .exercise import Exercise, chapter_exercises, chapters
-from .judge import judge, own_line
+from . import worker
+from .build import answer_id, parse
+from .exercise import BLANK, Exercise, chapter_exercises, chapters
 
-MEMORY = 4 * 2**30  # bytes a submission may allocate beyond what torch itself takes
+START = 120.0  # seconds a process may take to begin: it may have to import torch
+
+
+class CannotStartError(RuntimeError):
+    """Processes cannot be started here, so nobody can be graded."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,6 @@ class Submission:
     student: str
     stem: str
     answers: dict[str, str] = field(default_factory=dict)
-    problem: str = ""
     scores: list[Score] = field(default_factory=list)
 
     @property
@@ -65,11 +70,16 @@ class Submission:
         )
 
 
+# --- reading ----------------------------------------------------------------------------------
+
+
 def collect(folder: Path) -> list[Submission]:
     """Every student's notebook for every chapter that somebody handed in.
 
     folder holds `<student>/<stem>.ipynb`. Raises ValueError where there is none.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
     stems = [stem for stem in chapters() if any(folder.glob(f"*/{stem}.ipynb"))]
     if not stems:
         expected = ", ".join(f"<student>/{stem}.ipynb" for stem in chapters())
@@ -81,18 +91,34 @@ def collect(folder: Path) -> list[Submission]:
 def _open(folder: Path, student: str, stem: str) -> Submission:
     path = folder / student / f"{stem}.ipynb"
     submission = Submission(student, stem)
-    if not path.is_file():
-        submission.problem = "not handed in"
-        return submission
+    problem = "" if path.is_file() else "not handed in"
     try:
-        notebook = nbformat.read(path, as_version=4)
-        for cell in notebook.cells:
-            grade_id = cell.metadata.get("nbgrader", {}).get("grade_id")
-            if cell.cell_type == "code" and grade_id is not None:
-                submission.answers.setdefault(grade_id, cell.source)
+        submission.answers = {} if problem else _answers(_read(path))
     except Exception as error:  # whatever it is, it is no notebook
-        submission.problem = f"not a readable notebook ({type(error).__name__})"
+        problem = f"not a readable notebook ({type(error).__name__})"
+    while problem and submission.left:
+        submission.add(0.0, problem)
     return submission
+
+
+def _read(path: Path) -> NotebookNode:
+    data = path.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old formats lack cell ids
+        return parse(data.decode(json.detect_encoding(data)))
+
+
+def _answers(notebook: NotebookNode) -> dict[str, str]:
+    """{exercise: source}; of several cells with one id the last that is not the blank counts."""
+    answers: dict[str, str] = {}
+    for cell in notebook.cells:
+        id = answer_id(cell) if cell.cell_type == "code" else None
+        if id is not None and (id not in answers or BLANK not in cell.source):
+            answers[id] = cell.source
+    return answers
+
+
+# --- grading ----------------------------------------------------------------------------------
 
 
 def grade(
@@ -100,136 +126,98 @@ def grade(
     *,
     seconds: float = 20.0,
     workers: int | None = None,
+    method: str | None = None,
     done: Callable[[Submission], None] = lambda submission: None,
 ) -> list[Score]:
-    """Grade in parallel processes; seconds: how long one answer may take. Ordered as given."""
-    torch.set_num_threads(1)  # a forked process cannot use its parent's threads
-    waiting = list(submissions)
+    """Grade in parallel processes, and return the scores in the order of the submissions.
+
+    seconds: how long one answer may take. method: how processes start (for tests). done: called
+    with each submission that needed grading. Raises CannotStartError where no process starts.
+    """
+    waiting = deque(submission for submission in submissions if submission.left)
     running: list[_Process] = []
-    workers = workers or os.cpu_count() or 1
-    while waiting or running:
-        while waiting and len(running) < workers:
-            submission = waiting.pop(0)
-            if submission.problem:
-                while submission.left:
-                    submission.add(0.0, submission.problem)
-            if submission.left:
-                running.append(_Process(submission, seconds))
-            else:
-                done(submission)
-        multiprocessing.connection.wait([p.results for p in running], timeout=0.2)
-        for process in list(running):
-            if process.advance():
-                running.remove(process)
-                if process.submission.left:  # it died on one answer: go on with the next
-                    waiting.insert(0, process.submission)
-                else:
-                    done(process.submission)
+    with tempfile.TemporaryDirectory(prefix="course-grade-", ignore_cleanup_errors=True) as scratch:
+        try:
+            while waiting or running:
+                while waiting and len(running) < (workers or os.cpu_count() or 1):
+                    running.append(_Process(waiting.popleft(), seconds, scratch, method))
+                wait([process.results for process in running], timeout=0.2)
+                for process in [p for p in running if p.is_over()]:
+                    running.remove(process)
+                    if process.submission.left:  # it died on one answer: go on with the next
+                        waiting.appendleft(process.submission)
+                    else:
+                        done(process.submission)
+        finally:
+            for process in running:
+                process.stop()
     return [score for submission in submissions for score in submission.scores]
 
 
 class _Process:
     """A process that grades what is left of one submission, an answer at a time."""
 
-    def __init__(self, submission: Submission, seconds: float):
+    def __init__(self, submission: Submission, seconds: float, scratch: str, method: str | None):
         self.submission, self.seconds = submission, seconds
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
+        context = _context(method)
         self.results, theirs = context.Pipe(duplex=False)
         solved = {s.exercise for s in submission.scores if s.points == s.max_points}
+        job = worker.Job(submission.stem, submission.answers, len(submission.scores), solved)
+        folder = tempfile.mkdtemp(dir=scratch)
         self.process = context.Process(
-            target=_work, args=(theirs, submission.stem, submission.answers, len(submission.scores), solved)
-        )  # fmt: skip
+            target=worker.work, args=(theirs, job, folder, seconds), daemon=True
+        )
         self.process.start()
         theirs.close()
-        self.deadline = time.monotonic() + seconds
+        self.has_begun, self.deadline = False, time.monotonic() + START
 
-    def advance(self) -> bool:
-        """Take what has come; True when this process is over."""
+    def is_over(self) -> bool:
+        """Take what has come; True when this process has nothing more to give."""
         try:
             while self.submission.left and self.results.poll():
-                points, feedback = self.results.recv()
-                self.submission.add(points, feedback)
-                self.deadline = time.monotonic() + self.seconds
+                self._take(json.loads(self.results.recv_bytes()))
         except Exception:  # closed, or something unreadable was written into the pipe
-            return self._over("the answer ended its process")
+            return self._fail("the answer ended its process")
         if self.submission.left and time.monotonic() > self.deadline:
-            return self._over(f"the answer took longer than {self.seconds:g} s")
-        return False if self.submission.left else self._over("")
+            return self._fail(f"the answer took longer than {self.seconds:g} s")
+        if not self.submission.left:
+            self.stop()
+        return not self.submission.left
 
-    def _over(self, feedback: str) -> bool:
+    def _take(self, result: list[Any] | None) -> None:
+        if result is not None:  # None says that it has begun
+            self.submission.add(float(result[0]), str(result[1]))
+        self.has_begun = True
+        self.deadline = time.monotonic() + self.seconds
+
+    def _fail(self, feedback: str) -> bool:
+        self.stop()
+        if not self.has_begun:  # no student's fault
+            raise CannotStartError("a process for grading ended before it began")
+        self.submission.add(0.0, f"✗ {self.submission.left[0].id}: {feedback}.")
+        return True
+
+    def stop(self) -> None:
+        """End the process and what it has started."""
+        if hasattr(os, "killpg") and self.process.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
         self.results.close()
-        if self.submission.left and feedback:
-            self.submission.add(0.0, f"✗ {self.submission.left[0].id}: {feedback}")
-        return True
 
 
-# --- inside the process -----------------------------------------------------------------------
+def _context(method: str | None) -> Any:
+    """A server that has imported torch once and is forked for each submission, where there is one.
 
-
-def _work(results: Any, stem: str, answers: dict[str, str], start: int, solved: set[str]) -> None:
-    """Judge the answers from number `start` on; send (points, feedback) for each."""
-    _confine()
-    namespace: dict[str, Any] = {"math": math, "torch": torch, "Tensor": Tensor}
-    for number, exercise in enumerate(chapter_exercises(stem)):
-        if number < start:
-            if exercise.id in solved:
-                _define(exercise, answers[exercise.id], namespace)
-            else:
-                namespace[exercise.function] = exercise.reference
-            continue
-        points, feedback = _judge_answer(exercise, answers.get(exercise.id), namespace)
-        if points < exercise.points:
-            namespace[exercise.function] = exercise.reference
-        results.send((points, feedback))
-    results.close()
-
-
-def _confine() -> None:
-    """Work in a scratch folder, print nowhere, and allocate no more than `MEMORY`."""
-    os.chdir(tempfile.mkdtemp(prefix="course-grade-"))
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nowhere, stream)
-    torch.set_num_threads(1)
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (ImportError, OSError, ValueError):  # not on this system
-        pass
-
-
-def _judge_answer(
-    exercise: Exercise, source: str | None, namespace: dict[str, Any]
-) -> tuple[float, str]:
-    if source is None:
-        return 0.0, f"✗ {exercise.id}: the answer's cell is missing."
-    try:
-        function = _define(exercise, source, namespace)
-    except Exception as error:
-        return 0.0, f"✗ {exercise.id}: the cell raised {own_line(_nothing, error)}"
-    if not callable(function):
-        return 0.0, f"✗ {exercise.id}: the cell does not define `{exercise.function}`."
-    verdict = judge(exercise, function)
-    return verdict.points, str(verdict)
-
-
-def _define(exercise: Exercise, source: str, namespace: dict[str, Any]) -> Any:
-    """Run the answer's cell and return the function that it defines."""
-    name = f"<answer {exercise.id}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    namespace.pop(exercise.function, None)
-    exec(compile(source, name, "exec"), namespace)
-    return namespace.get(exercise.function)
-
-
-def _nothing() -> None:
-    """Stands for an answer that could not be defined."""
+    Forking this process instead would copy torch's thread pools in a state that can hang.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    method = method or ("forkserver" if "forkserver" in methods else "spawn")
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([worker.__name__])
+    return context
 
 
 # --- out --------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
-from typing import Any
 
 from .exercise import Exercise, all_exercises
+from .progress import Record
 
 
 class Text(str):
@@ -20,18 +20,16 @@ class Text(str):
 class Board:
     """Progress on every exercise, shown as a table in a notebook and as lines elsewhere."""
 
-    record: dict[str, dict[str, Any]]
+    records: dict[str, Record]
 
     @property
     def rows(self) -> list[tuple[Exercise, str, float]]:
         """(exercise, "solved" | "tried" | "open", points)"""
         rows = []
         for id, exercise in all_exercises().items():
-            entry = self.record.get(id, {})
-            state = (
-                "solved" if entry.get("solved") else "tried" if entry.get("attempts") else "open"
-            )
-            rows.append((exercise, state, float(entry.get("points", 0))))
+            record = self.records.get(id, Record())
+            state = "solved" if record.solved else "tried" if record.attempts else "open"
+            rows.append((exercise, state, record.points))
         return rows
 
     @property

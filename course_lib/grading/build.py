@@ -10,6 +10,7 @@ import importlib
 import os
 import shutil
 from pathlib import Path
+from typing import cast
 
 import nbformat
 from nbformat import NotebookNode
@@ -20,17 +21,24 @@ from .exercise import Exercise, chapter_exercises, chapters
 IMPORTS = """import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from course_lib.checks import check, hint, status"""
 
-HOW = """Write each function in its cell, run it, then run the check below it. A wrong answer is told what
-broke and, where we know it, which mistake it is. Stuck? `hint("{id}")` gives a question, then a
-property, then a line. The chapter is `notebooks/{stem}.ipynb`, our answers are in
+# A solution imports only what it uses; a linter reads it.
+IMPORTS_OF_SOLUTIONS = IMPORTS.replace("import torch.nn.functional as F\n", "").replace(
+    "hint, ", ""
+)
+
+HOW = """Write each function in its cell, run it, then run the check below it. A wrong answer is
+told what broke and, where we know it, which mistake it is. Stuck? `hint("{id}")` gives a question,
+then a property, then a line. The chapter is `notebooks/{stem}.ipynb`, our answers are in
 `solutions/{stem}.ipynb`.
 
-Every answer works for **any size**, keeps the **dtype** of its input, leaves its **inputs unchanged** and
-lets **gradients** through. Keep all that an answer needs inside its cell."""
+Every answer works for **any size**, keeps the **dtype** of its input, leaves its **inputs
+unchanged** and lets **gradients** through. Keep all that an answer needs inside its cell, also
+imports and helper functions: only this cell is graded."""
 
 FOLDERS = ("exercises", "solutions")
 
@@ -62,7 +70,7 @@ def _head(stem: str, exercises: list[Exercise], solved: bool) -> list[NotebookNo
         f"{len(exercises)} exercises · about {minutes} minutes · {points} points\n\n"
         + HOW.format(id=exercises[0].id, stem=stem)
     )
-    return [_markdown("head", text), _code("imports", IMPORTS)]
+    return [_markdown("head", text), _code("imports", IMPORTS_OF_SOLUTIONS if solved else IMPORTS)]
 
 
 def _exercise_cells(number: int, exercise: Exercise, solved: bool) -> list[NotebookNode]:
@@ -103,21 +111,31 @@ def _code(id: str, source: str) -> NotebookNode:
 def stale(root: Path) -> list[str]:
     """What in exercises/ and solutions/ differs from the source; a learner's answers may differ."""
     found = []
-    for stem in chapters():
-        for folder in FOLDERS:
-            path = root / folder / f"{stem}.ipynb"
-            fresh = build_notebook(stem, solved=folder == "solutions")
-            if not path.exists():
-                found.append(f"{folder}/{stem}.ipynb is missing")
-            elif _sources(read(path), folder) != _sources(fresh, folder):
-                found.append(f"{folder}/{stem}.ipynb differs from its source")
+    for stem, folder, path in _paths(root):
+        fresh = build_notebook(stem, solved=folder == "solutions")
+        if not path.exists():
+            found.append(f"{folder}/{path.name} is missing")
+        elif _parts(read(path), folder) != _parts(fresh, folder):
+            found.append(f"{folder}/{path.name} differs from its source")
     return found
 
 
-def _sources(notebook: NotebookNode, folder: str) -> list[tuple[str, str, str]]:
+def _paths(root: Path) -> list[tuple[str, str, Path]]:
+    """(stem, folder, path) of every notebook that is made here."""
+    return [(s, f, root / f / f"{s}.ipynb") for s in chapters() for f in FOLDERS]
+
+
+def _parts(notebook: NotebookNode, folder: str) -> list[tuple[object, ...]]:
+    """What must be as the source says, cell by cell."""
     strict = folder == "solutions" or "CI" in os.environ
     return [
-        (c.cell_type, c.id, c.source if strict or not is_answer(c) else "") for c in notebook.cells
+        (
+            c.cell_type,
+            c.id,
+            c.metadata.get("nbgrader"),
+            c.source if strict or not is_answer(c) else "",
+        )
+        for c in notebook.cells
     ]
 
 
@@ -126,50 +144,70 @@ def is_answer(cell: NotebookNode) -> bool:
     return bool(cell.metadata.get("nbgrader", {}).get("solution"))
 
 
+def answer_id(cell: NotebookNode) -> str | None:
+    """The exercise that a cell answers: its grade_id, or its own id where that has been lost."""
+    return cell.metadata.get("nbgrader", {}).get("grade_id") or cell.get("id")
+
+
+def parse(text: str) -> NotebookNode:
+    """A notebook from its text, in the current format."""
+    return cast(NotebookNode, nbformat.reads(text, as_version=4))
+
+
 def read(path: Path) -> NotebookNode:
-    """A notebook from disk, in the current format."""
-    return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+    """A notebook from disk; ValueError where it is none."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable notebook ({type(error).__name__})") from error
 
 
 def write(notebook: NotebookNode, path: Path) -> None:
     """Write the notebook whole or not at all."""
+    write_whole(path, nbformat.writes(notebook) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write the text beside its place and move it there, so that no file is ever half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8", newline="")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def build(root: Path, keep: Path) -> list[Path]:
-    """Write exercises/ and solutions/. Notebooks with a learner's answers are kept in `keep` first.
+    """Write exercises/ and solutions/ where they differ from their source.
 
-    Outputs of solutions are not run here; `python -m course_lib.render` does that.
+    A notebook in exercises/ that is replaced is copied into `keep` first, with all that a learner
+    wrote in it. Solutions are not run here; `python -m course_lib.render` does that.
     """
     written = []
-    for stem in chapters():
-        for folder in FOLDERS:
-            path = root / folder / f"{stem}.ipynb"
-            fresh = build_notebook(stem, solved=folder == "solutions")
-            if path.exists():
-                if _sources(read(path), "solutions") == _sources(fresh, "solutions"):
-                    continue
-                if folder == "exercises":
-                    keep.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(path, keep / path.name)
-            write(fresh, path)
-            written.append(path)
+    for stem, folder, path in _paths(root):
+        fresh = build_notebook(stem, solved=folder == "solutions")
+        if path.exists():
+            if _is_fresh(path, fresh):
+                continue
+            if folder == "exercises":
+                keep.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, keep / path.name)
+        write(fresh, path)
+        written.append(path)
     return written
 
 
-def reset_answer(exercise: Exercise, root: Path) -> str | None:
-    """Put the blank back into the exercise's cell; returns what stood there, None if nothing did."""
-    path = root / "exercises" / f"{exercise.chapter}.ipynb"
-    if not path.exists():
-        return None
-    notebook = read(path)
+def _is_fresh(path: Path, fresh: NotebookNode) -> bool:
+    try:
+        return _parts(read(path), "solutions") == _parts(fresh, "solutions")
+    except ValueError:
+        return False
+
+
+def answer_in(notebook: NotebookNode, exercise: Exercise) -> NotebookNode | None:
+    """The cell with the learner's answer, if something is written in it."""
     for cell in notebook.cells:
-        grade_id = cell.metadata.get("nbgrader", {}).get("grade_id")
-        if grade_id == exercise.id and cell.source != exercise.blank():
-            before, cell.source, cell.outputs = cell.source, exercise.blank(), []
-            write(notebook, path)
-            return before
+        if answer_id(cell) == exercise.id and cell.source != exercise.blank():
+            return cell
     return None

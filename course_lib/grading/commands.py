@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .exercise import Exercise
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -24,7 +27,7 @@ def add_parsers(subparsers: Any) -> None:
     grade.add_argument("--workers", type=int, default=None, help="processes (one per core)")
 
     reset = _add(subparsers, "reset", _reset, "put the blank back and forget an exercise")
-    reset.add_argument("exercise", nargs="+", help="ids, as `course list` shows them")
+    reset.add_argument("exercise", nargs="+", help="ids or chapters, as `course list` shows them")
 
     build = _add(subparsers, "build", _build, "make exercises/ and solutions/ from their source")
     build.add_argument("--check", action="store_true", help="write nothing; fail if one is stale")
@@ -78,21 +81,23 @@ def _mutants(args: argparse.Namespace) -> int:
 
 def _grade(args: argparse.Namespace) -> int:
     from . import batch
+    from .build import write_whole
 
     try:
-        if not args.folder.is_dir():
-            raise ValueError(f"{args.folder} is not a folder")
         submissions = batch.collect(args.folder)
+        if not args.out.resolve().parent.is_dir():
+            raise ValueError(f"there is no folder {args.out.parent} for {args.out.name}")
     except ValueError as error:
-        print(f"course grade: {error}", file=sys.stderr)
-        return 1
-    with _bar(len(submissions)) as advance:
-        scores = batch.grade(
-            submissions, seconds=args.seconds, workers=args.workers, done=lambda _: advance()
-        )
-    part = args.out.with_name(f".{args.out.name}.part")
-    part.write_text(batch.to_csv(scores), encoding="utf-8")
-    os.replace(part, args.out)
+        return _complain("grade", error)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends like Ctrl-C, nothing left behind
+    try:
+        with _bar(sum(bool(s.left) for s in submissions)) as advance:
+            scores = batch.grade(
+                submissions, seconds=args.seconds, workers=args.workers, done=lambda _: advance()
+            )
+        write_whole(args.out, batch.to_csv(scores))
+    except (batch.CannotStartError, OSError) as error:
+        return _complain("grade", error)
     for student, points, most in batch.by_student(scores):
         print(f"{student:<30} {points:g} / {most}")
     print(f"{len(submissions)} submissions, {len(scores)} answers: {args.out}")
@@ -128,24 +133,52 @@ def _status(args: argparse.Namespace) -> int:
 def _reset(args: argparse.Namespace) -> int:
     from ..checkout import find_root
     from . import build, progress
-    from .exercise import find
 
     try:
-        exercises = [find(id) for id in args.exercise]  # all are known before one is touched
-    except ValueError as error:
-        print(f"course reset: {error}", file=sys.stderr)
-        return 1
-    for exercise in exercises:
-        before = build.reset_answer(exercise, find_root())
-        progress.forget(exercise.id)
-        if before is None:
-            print(f"{exercise.id}: nothing was written; its record is cleared")
-            continue
-        kept = progress.home() / "answers" / f"{exercise.id}-{datetime.now(UTC):%Y%m%d-%H%M%S}.py"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(before + "\n", encoding="utf-8")
-        print(f"{exercise.id}: blank again; your answer is kept in {kept}")
+        for stem, exercises in _by_chapter(args.exercise).items():
+            path = find_root() / "exercises" / f"{stem}.ipynb"
+            notebook = (
+                build.read(path) if path.exists() else build.build_notebook(stem, solved=False)
+            )
+            for exercise in exercises:
+                cell = build.answer_in(notebook, exercise)
+                said = "nothing was written"
+                if cell is not None:
+                    said = f"blank again; your answer is kept in {_keep(exercise.id, cell.source)}"
+                    cell.source, cell.outputs, cell.execution_count = exercise.blank(), [], None
+                progress.forget(exercise.id)
+                print(f"{exercise.id}: {said}")
+            build.write(notebook, path)
+    except (ValueError, OSError) as error:
+        return _complain("reset", error)
     return 0
+
+
+def _by_chapter(names: list[str]) -> dict[str, list[Exercise]]:
+    """The exercises named, by id or by their chapter's stem; ValueError where one is unknown."""
+    from .exercise import chapter_exercises, find
+
+    found: dict[str, list[Exercise]] = {}
+    for name in names:
+        for exercise in chapter_exercises(name) or [find(name)]:
+            found.setdefault(exercise.chapter, []).append(exercise)
+    return found
+
+
+def _keep(id: str, answer: str) -> Path:
+    """Write an answer where the learner finds it again, before it leaves the notebook."""
+    from . import progress
+
+    folder = progress.home() / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{id}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.py"
+    path.write_text(answer + "\n", encoding="utf-8")
+    return path
+
+
+def _complain(command: str, error: Exception) -> int:
+    print(f"course {command}: {error}", file=sys.stderr)
+    return 1
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -153,15 +186,18 @@ def _build(args: argparse.Namespace) -> int:
     from . import build, progress
 
     root = find_root()
-    if args.check:
-        found = build.stale(root)
-        print("\n".join(found) or "exercises/ and solutions/ are what their source says")
-        if found:
-            print("course build makes them anew")
-        return 1 if found else 0
-    keep = progress.home() / "answers" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    for path in build.build(root, keep):
-        print(f"wrote {path.relative_to(root)}")
-    if keep.exists():
-        print(f"what stood in exercises/ before is kept in {keep}")
+    try:
+        if args.check:
+            found = build.stale(root)
+            print("\n".join(found) or "exercises/ and solutions/ are what their source says")
+            if found:
+                print("course build makes them anew")
+            return 1 if found else 0
+        keep = progress.home() / "answers" / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+        for path in build.build(root, keep):
+            print(f"wrote {path.relative_to(root)}")
+        if keep.exists():
+            print(f"what stood in exercises/ before is kept in {keep}")
+    except (ValueError, OSError) as error:
+        return _complain("build", error)
     return 0

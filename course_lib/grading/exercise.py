@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -19,7 +20,27 @@ Case = dict[str, Any]
 """Inputs of one call: {argument: value}, in the order of the reference's signature."""
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-BLANK = 'raise NotImplementedError("not written yet")'
+NOT_WRITTEN = "not written yet"
+BLANK = f'raise NotImplementedError("{NOT_WRITTEN}")'
+
+
+class _OneLine(Exception):
+    """An error whose message says it all: a notebook shows that line and no stack."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+class UnknownExerciseError(_OneLine, ValueError):
+    """There is no exercise with this id."""
+
+
+class NotAFunctionError(_OneLine, TypeError):
+    """`check` got something that cannot be called."""
+
+
+class HintLevelError(_OneLine, ValueError):
+    """There is no hint of this level."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +60,9 @@ class Mistake:
     """
 
     name: str
-    function: Function
     cause: str
     ask: str
+    function: Function
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,7 @@ class Alternative:
     function: Function
 
 
-@dataclass
+@dataclass(eq=False)
 class Exercise:
     """One question of a chapter. Its parts are added by the decorators below.
 
@@ -96,15 +117,25 @@ class Exercise:
 
     def behaviour(self, sentence: str) -> Callable[[Function], Function]:
         """`function(answer)` raises `Broken` (through `expect`) where the sentence is not true."""
-        return lambda function: self.behaviours.append(Behaviour(sentence, function)) or function
+        return _into(self.behaviours, lambda function: Behaviour(sentence, function))
 
     def mistake(self, name: str, cause: str, ask: str) -> Callable[[Function], Function]:
         """A named wrong implementation with the reference's signature."""
-        return lambda f: self.mistakes.append(Mistake(name, f, cause, ask)) or f
+        return _into(self.mistakes, lambda function: Mistake(name, cause, ask, function))
+
+    def mistakes_from(
+        self, table: list[Mistake], thing: str, build: Callable[[Function], Function]
+    ) -> None:
+        """Mistakes that several exercises share, each a wrong part: `build(part)` is the answer.
+
+        Their names follow `thing`: "attention" makes "attention without the 1/√d_k scale".
+        """
+        for part in table:
+            self.mistake(f"{thing} {part.name}", part.cause, part.ask)(build(part.function))
 
     def alternative(self, name: str) -> Callable[[Function], Function]:
         """A right implementation that looks different."""
-        return lambda function: self.alternatives.append(Alternative(name, function)) or function
+        return _into(self.alternatives, lambda function: Alternative(name, function))
 
     # -- what is asked of it
 
@@ -112,6 +143,11 @@ class Exercise:
     def function(self) -> str:
         """The name of the function that the learner writes."""
         return self.reference.__name__
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of the reference."""
+        return inspect.signature(self.reference).parameters
 
     @property
     def signature(self) -> str:
@@ -126,10 +162,16 @@ class Exercise:
         return self.make_cases(torch.Generator().manual_seed(seed))
 
     def call(self, function: Function, case: Case) -> Any:
-        """Call with required arguments by position (a learner may rename them), options by name."""
-        parameters = inspect.signature(self.reference).parameters
+        """Call with required arguments by position and options by name; a learner may rename both.
+
+        Where the function does not know an option's name, but has the reference's number of
+        parameters, options go by position too.
+        """
+        parameters = self.parameters
         required = [name for name, p in parameters.items() if p.default is p.empty]
         options = {name: value for name, value in case.items() if name not in required}
+        if options and _renames(function, options, len(parameters)):
+            return function(*[case.get(name, p.default) for name, p in parameters.items()])
         return function(*[case[name] for name in required], **options)
 
     def source(self) -> str:
@@ -146,6 +188,31 @@ class Exercise:
         return "\n".join([*lines[:begin], indent + BLANK, *lines[end + 1 :]])
 
 
+def _into(parts: list[Any], make: Callable[[Function], Any]) -> Callable[[Function], Function]:
+    """A decorator that adds what `make` makes of a function to the parts."""
+
+    def add(function: Function) -> Function:
+        parts.append(make(function))
+        return function
+
+    return add
+
+
+def _renames(function: Function, options: Case, count: int) -> bool:
+    """Does the function take `count` arguments by position, some option by another name?"""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    kinds = [p.kind for p in parameters.values()]
+    positional = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return (
+        positional >= count
+        and inspect.Parameter.VAR_KEYWORD not in kinds
+        and not options.keys() <= parameters.keys()
+    )
+
+
 _REGISTRY: dict[str, Exercise] = {}
 
 
@@ -159,11 +226,11 @@ def all_exercises() -> dict[str, Exercise]:
 
 
 def find(id: str) -> Exercise:
-    """The exercise with this id; an unknown one raises ValueError that shows near ones."""
+    """The exercise with this id; an unknown one raises a ValueError that shows near ones."""
     exercises = all_exercises()
     if id not in exercises:
         near = get_close_matches(str(id), exercises, n=3, cutoff=0.4) or list(exercises)
-        raise ValueError(f"there is no exercise {id!r}; did you mean {', '.join(near)}?")
+        raise UnknownExerciseError(f"there is no exercise {id!r}; did you mean {', '.join(near)}?")
     return exercises[id]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
+import re
 import sysconfig
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exercise import Case, Exercise, Function, Mistake
-from .observe import Broken, NotWritten, Observation, expect, gradients, observe, same, silence
+from .answered import Answered, answered, cast, lost_gradient
+from .exercise import NOT_WRITTEN, Case, Exercise, Function, Mistake, NotAFunctionError
+from .observe import Broken, Observation, neutral, observe, same
 from .show import counterexample, shapes, shorten, verdict_bundle
-from .universal import Answered, answered, diagnose
+from .universal import diagnose
 
 PLAIN = "gives the right numbers"
 SIZES = "gives the right numbers for every size"
@@ -53,27 +55,39 @@ class Verdict:
 def judge(exercise: Exercise, function: Function) -> Verdict:
     """Run every behaviour; on failure say which broke and, where it is a known one, the mistake."""
     if not callable(function):
-        raise TypeError(
+        raise NotAFunctionError(
             f'check("{exercise.id}", {exercise.function}) takes the function itself, got '
             f"{type(function).__name__}: {shorten(function)}"
         )
-    blank = functools.partial(Verdict, exercise.id, False, 0.0, exercise.points)
-    try:
-        failures = _run_behaviours(Answer(exercise, function))
-    except NotWritten:
-        return blank((f"✗ {exercise.id}: not written yet.",), blank=True)
-    total = len(exercise.behaviours) + len(SHARED)
-    if not failures:
-        points = f"{exercise.points} point" + "s" * (exercise.points != 1)
-        line = f"✓ {exercise.id}: all {total} behaviours hold ({points})."
-        return Verdict(exercise.id, True, float(exercise.points), exercise.points, (line,))
+    with neutral():
+        seen = answered(exercise, function)
+        if all(observation.blank for observation in seen.got):
+            line = f"✗ {exercise.id}: {NOT_WRITTEN}; your answer goes where the `raise` stands."
+            return Verdict(exercise.id, False, 0.0, exercise.points, (line,), blank=True)
+        failures = _run_behaviours(seen)
+        if failures:
+            return _failed(seen, failures)
+    points = f"{exercise.points} point" + "s" * (exercise.points != 1)
+    line = f"✓ {exercise.id}: all {_total(exercise)} behaviours hold ({points})."
+    return Verdict(exercise.id, True, float(exercise.points), exercise.points, (line,))
+
+
+def _total(exercise: Exercise) -> int:
+    return len(exercise.behaviours) + len(SHARED)
+
+
+def _failed(seen: Answered, failures: dict[str, Broken]) -> Verdict:
+    exercise, total = seen.exercise, _total(seen.exercise)
     # A right result on plain input earns its share; numbers that are wrong there earn nothing.
     share = 0.0 if PLAIN in failures else (total - len(failures)) / total
-    name, lines = _explain(exercise, function, failures)
+    name, lines = _explain(seen, failures)
     return Verdict(
         exercise.id, False, round(exercise.points * share, 2), exercise.points, tuple(lines),
         tuple(failures), name,
     )  # fmt: skip
+
+
+# --- one call ---------------------------------------------------------------------------------
 
 
 class Answer:
@@ -83,110 +97,134 @@ class Answer:
         self.exercise, self.function = exercise, function
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        bound = inspect.signature(self.exercise.reference).bind(*args, **options)
-        return self.on(dict(bound.arguments))
+        named = zip(self.exercise.parameters, args, strict=False)
+        return self.on({**dict(named), **options})
 
     def on(self, case: Case) -> Any:
-        """The answer's value on the case; `Broken` where its structure is not the reference's."""
-        seen = observe(self.exercise, self.function, case)
-        if seen.error is not None:
-            raise Broken(own_line(self.function, seen.error), case=case) from seen.error
+        """The answer's value on the case; `Broken` where it has not the reference's structure."""
         want = observe(self.exercise, self.exercise.reference, case).value
-        _check_structure(seen.value, want, case)
+        value = _structured(self.function, observe(self.exercise, self.function, case), want, case)
         # A wrong dtype breaks one behaviour, `DTYPE`, and not all the others as well.
         if isinstance(want, tuple):
-            return tuple(v.to(w.dtype) for v, w in zip(seen.value, want, strict=True))
-        return seen.value.to(want.dtype)
+            return tuple(v.to(w.dtype) for v, w in zip(value, want, strict=True))
+        return value.to(want.dtype)
 
 
-def _check_structure(value: Any, want: Any, case: Case) -> None:
-    if value is None:
-        raise Broken("your function returned None: is there a `return`?", case=case)
-    wants = want if isinstance(want, tuple) else (want,)
+def _structured(function: Function, seen: Observation, want: Any, case: Case) -> Any:
+    """The observed value, if it has the structure of `want`; otherwise `Broken` says what it is."""
+    if seen.error is not None:
+        raise Broken(own_line(function, seen.error), case=case, crash=True) from seen.error
+    value = seen.value
     values = value if isinstance(value, tuple) and isinstance(want, tuple) else (value,)
-    wanted = "a tensor" if len(wants) == 1 else f"a tuple of {len(wants)} tensors"
+    wants = want if isinstance(want, tuple) else (want,)
     if len(values) != len(wants) or not all(isinstance(v, Tensor) for v in values):
-        raise Broken(f"it should return {wanted}, got {_kind(value)}", case=case)
-    for got, right in zip(values, wants, strict=True):
-        if got.shape != right.shape:
-            sizes = f"shape {tuple(right.shape)}, got {tuple(got.shape)}"
-            raise Broken(f"{shapes(case)} should give {sizes}", case=case)
+        raise Broken(f"got {_kind(value)}, want {_kind(want)}", case=case)
+    if [v.shape for v in values] != [w.shape for w in wants]:
+        got, right = (", ".join(str(tuple(v.shape)) for v in vs) for vs in (values, wants))
+        raise Broken(f"got shape {got}, want {right}", case=case)
+    return value
 
 
 def _kind(value: Any) -> str:
+    if value is None:
+        return "None (is there a `return` on every path?)"
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
-    return f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return "a tensor"
+    module, name = type(value).__module__, type(value).__name__
+    return name if module == "builtins" else f"{module}.{name}"
+
+
+def own_line(function: Function | None, error: BaseException) -> str:
+    """ "ValueError: … (line 3: `return x`)": the last line of the learner's own code."""
+    home = getattr(getattr(function, "__code__", None), "co_filename", None)
+    frames = [
+        (frame.lineno, frame.line)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == home or not frame.filename.startswith(_not_theirs())
+    ]
+    text = str(error)
+    if isinstance(error, SyntaxError):
+        text, frames = error.msg, [(error.lineno, error.text)] if error.text else []
+    first = re.sub(r" at 0x[0-9a-f]+", "", text.strip().partition("\n")[0])
+    said = _cut(f"{type(error).__name__}: {first}".removesuffix(": "), 160)
+    return said + (f" (line {frames[-1][0]}: `{_cut(frames[-1][1] or '', 100)}`)" if frames else "")
+
+
+def _cut(text: str, most: int) -> str:
+    text = text.strip()
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+@functools.cache
+def _not_theirs() -> tuple[str, ...]:
+    """Where code stands that no learner has written."""
+    libraries = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")]
+    return (*libraries, str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen")
 
 
 # --- the behaviours every exercise has --------------------------------------------------------
 
 
-def _run_behaviours(answer: Answer) -> dict[str, Broken]:
+def _run_behaviours(seen: Answered) -> dict[str, Broken]:
     """{sentence: why} of those that fail; the exercise's own sentences come first."""
     failures: dict[str, Broken] = {}
-    own = [(b.sentence, b.test) for b in answer.exercise.behaviours]
-    for sentence, test in [*own, *SHARED.items()]:
+    answer = Answer(seen.exercise, seen.function)
+    tests: list[tuple[str, Callable[[Any], None], Any]] = [
+        *((b.sentence, b.test, answer) for b in seen.exercise.behaviours),
+        *((sentence, test, seen) for sentence, test in SHARED.items()),
+    ]
+    for sentence, test, subject in tests:
         try:
-            test(answer)
+            test(subject)
         except Broken as broken:
             failures[sentence] = broken
     return failures
 
 
-def _plain(answer: Answer) -> None:
-    _compare(answer, answer.exercise.cases_for()[0])
+def _right_on(seen: Answered, numbers: list[int]) -> None:
+    for i in numbers:
+        if not seen.right[i]:
+            case, want = seen.cases[i], seen.want[i]
+            value = _structured(seen.function, seen.got[i], want, case)
+            raise Broken(case=case, got=value, want=want)
 
 
-def _sizes(answer: Answer) -> None:
-    for seed in (0, 1):
-        for case in answer.exercise.cases_for(seed):
-            _compare(answer, case)
+def _plain(seen: Answered) -> None:
+    _right_on(seen, [0, len(seen.cases) // 2])
 
 
-def _compare(answer: Answer, case: Case) -> None:
-    want = observe(answer.exercise, answer.exercise.reference, case).value
-    expect(answer.on(case), want, case=case)
+def _sizes(seen: Answered) -> None:
+    _right_on(seen, seen.wrong)
 
 
-def _dtype(answer: Answer) -> None:
+def _dtype(seen: Answered) -> None:
     for dtype in (torch.float32, torch.float64):
-        case = {n: _cast(v, dtype) for n, v in answer.exercise.cases_for()[0].items()}
-        answer.on(case)  # for its structure
-        got = observe(answer.exercise, answer.function, case).value
-        for tensor in got if isinstance(got, tuple) else (got,):
+        case = cast(seen.cases[0], dtype)
+        want = observe(seen.exercise, seen.exercise.reference, case).value
+        observation = observe(seen.exercise, seen.function, case)
+        value = _structured(seen.function, observation, want, case)
+        for tensor in value if isinstance(value, tuple) else (value,):
             if tensor.dtype != dtype:
-                raise Broken(f"{dtype} in should give {dtype} out, got {tensor.dtype}", case=case)
+                kinds = [str(kind).removeprefix("torch.") for kind in (dtype, tensor.dtype)]
+                raise Broken("{} in should give {} out, got {}".format(kinds[0], *kinds))
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+def _inputs(seen: Answered) -> None:
+    for case, observation in zip(seen.cases, seen.got, strict=True):
+        if observation.changed:
+            raise Broken(f"`{observation.changed[0]}` is changed in place", case=case)
 
 
-def _inputs(answer: Answer) -> None:
-    for case in answer.exercise.cases_for():
-        seen = observe(answer.exercise, answer.function, case)
-        if seen.changed:
-            raise Broken(f"it changes its input `{seen.changed[0]}` in place", case=case)
-
-
-def _gradient(answer: Answer) -> None:
-    case = answer.exercise.cases_for()[0]
-    want = gradients(answer.exercise, answer.exercise.reference, case)
-    try:
-        with silence():
-            got = gradients(answer.exercise, answer.function, case)
-    except NotImplementedError:
-        raise NotWritten from None
-    except Exception as error:
-        raise Broken(own_line(answer.function, error), case=case) from error
-    if got is None:
-        raise Broken("the result is cut off from its inputs: no gradient flows back", case=case)
-    names = [n for n, v in case.items() if isinstance(v, Tensor) and v.is_floating_point()]
-    for name, a, b in zip(names, got, want or [], strict=True):
-        zero = torch.zeros_like(case[name])
-        if not same(zero if a is None else a, zero if b is None else b, rtol=1e-3):
-            raise Broken(f"the gradient by `{name}` is not what it should be", case=case)
+def _gradient(seen: Answered) -> None:
+    lost = lost_gradient(seen)
+    if lost is None:
+        return
+    case, name, error = lost
+    if error is not None:
+        raise Broken(own_line(seen.function, error), case=case, crash=True) from error
+    raise Broken(f"the gradient by `{name}` is not what it should be", case=case)
 
 
 SHARED = {PLAIN: _plain, SIZES: _sizes, DTYPE: _dtype, INPUTS: _inputs, GRADIENT: _gradient}
@@ -195,80 +233,74 @@ SHARED = {PLAIN: _plain, SIZES: _sizes, DTYPE: _dtype, INPUTS: _inputs, GRADIENT
 # --- saying what is wrong ---------------------------------------------------------------------
 
 
-def _explain(
-    exercise: Exercise, function: Function, failures: dict[str, Broken]
-) -> tuple[str | None, list[str]]:
+def _explain(seen: Answered, failures: dict[str, Broken]) -> tuple[str | None, list[str]]:
     """(name of the mistake or None, one to three lines)."""
     sentence, broken = next(iter(failures.items()))
-    head = f"✗ {exercise.id}: “{sentence}” does not hold."
-    seen = answered(exercise, function)
-    crash = next((b for b in failures.values() if b.__cause__ is not None), None)
-    if crash is not None and not any(seen.right):
-        head = f"✗ {exercise.id}: your code raised {crash.message}"
-    mistake = recognise(seen)
-    if mistake is not None:
-        return mistake.name, [head, f"Your result equals {mistake.name}. {mistake.cause}", mistake.ask]  # fmt: skip
-    shared = diagnose(seen)
-    if shared is not None:
-        return shared.name, [head, shared.cause, shared.ask]
-    if crash is not None:
-        lines = [f"✗ {exercise.id}: your code raised {crash.message}"]
-        return None, [*lines, f"It was called with {shapes(crash.case or {})}."]
-    return None, [head, *counterexample(_smallest(seen) or broken)]
+    if broken.case is None and SIZES in failures:
+        broken = failures[SIZES]  # a case to show
+    head, evidence = f"✗ {seen.exercise.id}: “{sentence}” does not hold.", counterexample(broken)
+    if broken.crash:
+        head = f"✗ {seen.exercise.id}: your code raised {broken.message}"
+        evidence = [f"It was called with {shapes(broken.case)}."] if broken.case else []
+    recognised = recognise(seen)
+    if recognised is not None:
+        mistake, where = recognised
+        equals = f"Your result equals {mistake.name}. {mistake.cause}"
+        if where is not None:
+            equals = f"For {shapes(where)} your result equals {mistake.name}."
+        elif broken.crash:
+            equals = f"Elsewhere your result equals {mistake.name}. {mistake.cause}"
+        return mistake.name, [head, equals, mistake.ask]
+    universal = diagnose(seen)
+    if universal is not None:
+        shown = evidence[:1] if universal.shown else []
+        return universal.name, [head, " ".join([*shown, universal.cause]), universal.ask]
+    return None, [head, *evidence]
 
 
-def recognise(seen: Answered) -> Mistake | None:
-    """The exercise's own mistake that the answer is, wherever it is wrong.
+def recognise(seen: Answered) -> tuple[Mistake, Case | None] | None:
+    """The exercise's own mistake that the answer is wherever it is wrong.
 
     It must agree with the answer on every case that the answer gets wrong, with a value at least
-    once; of several, the one that agrees on most cases.
+    once; of several, the one that agrees on most cases. Beside it None where the two always agree,
+    or else a case to show where they do: one that tells, for NaN and 0 come about in many ways.
     """
-    wrong = [i for i, right in enumerate(seen.right) if not right]
     best, most = None, 0
-    for mistake, observed in _mistakes_observed(seen.exercise.id):
-        agree = [_agree(a, b) for a, b in zip(seen.got, observed, strict=True)]
-        valued = any(seen.got[i].error is None for i in wrong)
-        if valued and all(agree[i] for i in wrong) and sum(agree) > most:
-            best, most = mistake, sum(agree)
-    return best
+    for mistake in seen.exercise.mistakes:
+        agrees = functools.partial(_agrees, seen, mistake)
+        count = sum(map(agrees, range(len(seen.cases)))) if all(map(agrees, seen.wrong)) else 0
+        if count > most:
+            best, most = mistake, count
+    telling = [i for i in seen.wrong if _tells(seen.got[i].value, seen.want[i])]
+    valued = any(seen.got[i].error is None for i in seen.wrong)
+    if best is None or not valued:
+        return None
+    if most == len(seen.cases):
+        return best, None
+    return (best, seen.cases[telling[0]]) if telling else None
 
 
-def _agree(a: Observation, b: Observation) -> bool:
+def _tells(got: Any, want: Any) -> bool:
+    """Is a wrong number neither 0 nor NaN nor infinite?"""
+    if isinstance(got, tuple) and isinstance(want, tuple):
+        return any(_tells(g, w) for g, w in zip(got, want, strict=False))
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
+        return False
+    if got.shape != want.shape:
+        return True
+    wrong = got.isfinite() & (got != 0) & ~torch.isclose(got.double(), want.double(), 1e-4, 1e-5)
+    return bool(wrong.any())
+
+
+def _agrees(seen: Answered, mistake: Mistake, i: int) -> bool:
+    """Does the answer do on case i what the mistake does?"""
+    if (mistake, i) not in _OBSERVED:
+        _OBSERVED[mistake, i] = observe(seen.exercise, mistake.function, seen.cases[i])
+    a, b = seen.got[i], _OBSERVED[mistake, i]
     if a.error is not None or b.error is not None:
         return a.error is not None and b.error is not None
     return same(a.value, b.value)
 
 
-@functools.cache
-def _mistakes_observed(id: str) -> list[tuple[Mistake, list[Observation]]]:
-    from .exercise import find
-
-    return [(m, answered(find(id), m.function).got) for m in find(id).mistakes]
-
-
-def _smallest(seen: Answered) -> Broken | None:
-    """The smallest case that the answer gets wrong, with got and want."""
-    wrong = [
-        Broken(case=c, got=g.value, want=w)
-        for c, g, w, right in zip(seen.cases, seen.got, seen.want, seen.right, strict=True)
-        if not right and g.error is None
-    ]
-    return min(wrong, key=lambda b: _numbers(b.case), default=None)
-
-
-def _numbers(case: Case | None) -> int:
-    return sum(v.numel() for v in (case or {}).values() if isinstance(v, Tensor))
-
-
-def own_line(function: Function, error: BaseException) -> str:
-    """ "ValueError: … (line 3: `return x`)": the last line of the learner's own code."""
-    libraries = (sysconfig.get_paths()["stdlib"], str(Path(torch.__file__).parent), str(Path(__file__).parent))  # fmt: skip
-    home = getattr(getattr(function, "__code__", None), "co_filename", None)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == home or not frame.filename.startswith(libraries)
-    ]
-    message = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
-    return said + (f" (line {frames[-1].lineno}: `{frames[-1].line}`)" if frames else "")
+_OBSERVED: dict[tuple[Mistake, int], Observation] = {}
+"""What known mistakes give on the cases; filled as it is needed."""

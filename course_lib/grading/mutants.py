@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .build import IMPORTS
 from .exercise import Exercise, Function, all_exercises
-from .judge import judge
+from .judge import Verdict, judge
 from .universal import UNIVERSAL
 
 NAMED = 0.95
 """The share of mistakes that must be recognised by name."""
 
+KINDS: dict[str, tuple[str, Callable[[Verdict], bool]]] = {
+    "blanks": ("rejected", lambda verdict: verdict.blank),
+    "solutions": ("accepted", lambda verdict: verdict.passed),
+    "alternatives": ("accepted", lambda verdict: verdict.passed),
+    "mistakes": ("rejected", lambda verdict: not verdict.passed),
+}
+"""What should become of each kind of answer, and when it has."""
+
 
 @dataclass
 class Count:
-    """How many of a kind were tried, and how many came out as they should."""
+    """How many of a kind were tried, how many came out as they should, and what did not."""
 
     total: int = 0
     good: int = 0
@@ -27,103 +35,73 @@ class Count:
     through: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Report:
-    """The gate for one exercise: blanks, solutions, alternatives and mistakes."""
+def examine(exercise: Exercise) -> dict[str, Count]:
+    """Judge everything we know about one exercise: a count for each kind."""
+    counts = {kind: Count() for kind in KINDS}
+    for kind, name, function in _known(exercise):
+        verdict, count = judge(exercise, function), counts[kind]
+        good, named = KINDS[kind][1](verdict), verdict.mistake == name
+        count.total += 1
+        count.good += good
+        count.named += named
+        if not good:
+            count.through.append(f"{name}: {verdict.lines[0]}")
+        elif kind == "mistakes" and not named:
+            count.through.append(f"{name}: rejected, but recognised as {verdict.mistake}")
+    return counts
 
-    exercise: str
-    behaviours: int
-    blanks: Count = field(default_factory=Count)
-    solutions: Count = field(default_factory=Count)
-    alternatives: Count = field(default_factory=Count)
-    mistakes: Count = field(default_factory=Count)
 
-
-def examine(exercise: Exercise) -> Report:
-    """Judge everything we know about one exercise."""
-    report = Report(exercise.id, len(exercise.behaviours))
-    _try(report.blanks, exercise, "the blank", _blank(exercise), expect_blank=True)
-    _try(report.solutions, exercise, "the reference", exercise.reference, right=True)
+def _known(exercise: Exercise) -> Iterator[tuple[str, str, Function]]:
+    """(kind, name, function)"""
+    yield "blanks", "the blank", _blank(exercise)
+    yield "solutions", "the reference", exercise.reference
     for alternative in exercise.alternatives:
-        _try(report.alternatives, exercise, alternative.name, alternative.function, right=True)
+        yield "alternatives", alternative.name, alternative.function
     for mistake in exercise.mistakes:
-        _try(report.mistakes, exercise, mistake.name, mistake.function)
+        yield "mistakes", mistake.name, mistake.function
     for universal in UNIVERSAL:
         function = universal.make(exercise)
         if function is not None:
-            _try(report.mistakes, exercise, universal.name, function)
-    return report
-
-
-def _try(
-    count: Count,
-    exercise: Exercise,
-    name: str,
-    function: Function,
-    *,
-    right: bool = False,
-    expect_blank: bool = False,
-) -> None:
-    verdict = judge(exercise, function)
-    count.total += 1
-    good = verdict.passed if right else verdict.blank if expect_blank else not verdict.passed
-    count.good += good
-    count.named += verdict.mistake == name
-    if not good:
-        count.through.append(f"{name}: {verdict.lines[0]}")
-    elif not right and not expect_blank and verdict.mistake != name:
-        count.through.append(f"{name}: rejected, but recognised as {verdict.mistake}")
+            yield "mistakes", universal.name, function
 
 
 def _blank(exercise: Exercise) -> Function:
     """The learner's cell before anything is written, run."""
-    namespace: dict[str, Any] = {"Tensor": Tensor, "math": math, "torch": torch}
+    namespace: dict[str, Any] = {}
+    exec(IMPORTS, namespace)
     exec(compile(exercise.blank(), f"<{exercise.id}>", "exec"), namespace)
     return namespace[exercise.function]
 
 
-def summary(reports: list[Report]) -> dict[str, Any]:
-    """The totals over all exercises and, per exercise, what got through."""
-
-    def total(kind: str, *names: tuple[str, str]) -> dict[str, int]:
-        counts = [getattr(r, kind) for r in reports]
-        return {key: sum(getattr(c, attribute) for c in counts) for key, attribute in names}
-
-    return {
-        "exercises": len(reports),
-        "blanks": total("blanks", ("total", "total"), ("rejected", "good")),
-        "solutions": total("solutions", ("total", "total"), ("accepted", "good")),
-        "alternatives": total("alternatives", ("total", "total"), ("accepted", "good")),
-        "mistakes": total("mistakes", ("total", "total"), ("rejected", "good"), ("named", "named")),
-        "per_exercise": {
-            r.exercise: {
-                "behaviours": r.behaviours,
-                "alternatives": r.alternatives.total,
-                "mistakes": r.mistakes.total,
-                "named": r.mistakes.named,
-                "got_through": [
-                    *r.blanks.through, *r.solutions.through,
-                    *r.alternatives.through, *r.mistakes.through,
-                ],
-            }
-            for r in reports
-        },
-    }  # fmt: skip
+def summary(exercises: list[Exercise]) -> dict[str, Any]:
+    """The totals over the exercises and, per exercise, its counts and what got through."""
+    reports = {exercise.id: examine(exercise) for exercise in exercises}
+    totals: dict[str, Any] = {"exercises": len(reports)}
+    for kind, (word, _) in KINDS.items():
+        counts = [report[kind] for report in reports.values()]
+        totals[kind] = {"total": sum(c.total for c in counts), word: sum(c.good for c in counts)}
+    totals["mistakes"]["named"] = sum(report["mistakes"].named for report in reports.values())
+    totals["per_exercise"] = {
+        exercise.id: {
+            "behaviours": len(exercise.behaviours),
+            "alternatives": reports[exercise.id]["alternatives"].total,
+            "mistakes": reports[exercise.id]["mistakes"].total,
+            "named": reports[exercise.id]["mistakes"].named,
+            "got_through": [line for c in reports[exercise.id].values() for line in c.through],
+        }
+        for exercise in exercises
+    }
+    return totals
 
 
 def passes(totals: dict[str, Any]) -> bool:
     """The gate: all blanks and mistakes rejected, all right answers accepted, 95 % named."""
     mistakes = totals["mistakes"]
-    return (
-        totals["blanks"]["rejected"] == totals["blanks"]["total"]
-        and totals["solutions"]["accepted"] == totals["solutions"]["total"]
-        and totals["alternatives"]["accepted"] == totals["alternatives"]["total"]
-        and mistakes["rejected"] == mistakes["total"]
-        and mistakes["named"] >= NAMED * mistakes["total"]
-    )
+    missed = [k for k, (word, _) in KINDS.items() if totals[k][word] != totals[k]["total"]]
+    return not missed and mistakes["named"] >= NAMED * mistakes["total"]
 
 
 def examine_all() -> dict[str, Any]:
     """`summary` over every exercise of the course."""
     torch.set_num_threads(1)  # thousands of tiny products: threads would only wait for one another
-    return summary([examine(exercise) for exercise in all_exercises().values()])
+    return summary(list(all_exercises().values()))

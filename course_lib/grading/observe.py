@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .exercise import Case, Exercise, Function
+from .exercise import NOT_WRITTEN, Case, Exercise, Function
+
+DENSE = (torch.strided, torch.device("cpu"))
 
 
 class Broken(Exception):
-    """A behaviour that does not hold. `got` and `want` are shown to the learner where given."""
+    """A behaviour that does not hold. `got` and `want` are shown to the learner where given.
 
-    def __init__(self, message: str = "", *, case: Case | None = None, got: Any = None, want: Any = None):  # fmt: skip
+    crash: the message is that of an exception in the learner's code.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        case: Case | None = None,
+        got: Any = None,
+        want: Any = None,
+        crash: bool = False,
+    ):
         super().__init__(message)
-        self.message, self.case, self.got, self.want = message, case, got, want
-
-
-class NotWritten(Exception):
-    """The answer is still the blank."""
+        self.message, self.case, self.crash = message, case, crash
+        self.got, self.want = got, want
 
 
 @dataclass
@@ -36,55 +46,84 @@ class Observation:
     changed: list[str] = field(default_factory=list)
 
     @property
-    def tensors(self) -> list[Tensor] | None:
-        """The value as a list of tensors, or None where it is anything else."""
-        values = self.value if isinstance(self.value, tuple) else (self.value,)
-        return list(values) if all(isinstance(v, Tensor) for v in values) else None
+    def blank(self) -> bool:
+        """Is it what the blank does? Operations that torch lacks raise NotImplementedError too."""
+        return isinstance(self.error, NotImplementedError) and str(self.error) in (NOT_WRITTEN, "")
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """No prints and no warnings from an answer that is called a hundred times."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+def neutral() -> Iterator[None]:
+    """The same surroundings for every answer, whatever the notebook has set; all is put back.
 
-
-def observe(exercise: Exercise, function: Function, case: Case) -> Observation:
-    """Call the function on copies of the case's inputs."""
-    call = {name: _copy(value) for name, value in case.items()}
+    Prints and warnings go nowhere: an answer is called a hundred times.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    on_cpu = torch.get_default_device().type == "cpu"
     try:
-        with silence(), torch.random.fork_rng(devices=[]):
-            value = exercise.call(function, call)
-    except NotImplementedError as error:
-        raise NotWritten from error
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        return Observation(error=error)
-    changed = [n for n, v in call.items() if isinstance(v, Tensor) and not same(v, case[n], 0, 0)]
-    return Observation(value=value, changed=changed)
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            contextlib.nullcontext() if on_cpu else torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
-def gradients(exercise: Exercise, function: Function, case: Case) -> list[Tensor | None] | None:
-    """Gradient of a fixed random sum of the first output by each float input; None: no graph."""
+def observe(exercise: Exercise, function: Function, case: Case, seed: int = 0) -> Observation:
+    """Call the function on copies of the case's inputs, with torch's random numbers from seed."""
     call = {name: _copy(value) for name, value in case.items()}
-    leaves = [v for v in call.values() if isinstance(v, Tensor) and v.is_floating_point()]
-    for leaf in leaves:
+    seen = _attempt(lambda: exercise.call(function, call), seed)
+    seen.changed = [
+        n for n, v in call.items() if isinstance(v, Tensor) and not same(v, case[n], 0.0, 0.0)
+    ]
+    return seen
+
+
+def gradients(exercise: Exercise, function: Function, case: Case) -> Observation:
+    """{input: gradient} of a fixed random sum of the first output by each float input.
+
+    The value is empty where the output has no gradient.
+    """
+    call = {name: _copy(value) for name, value in case.items()}
+    leaves = {n: v for n, v in call.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    for leaf in leaves.values():
         leaf.requires_grad_()
-    with torch.enable_grad():
+
+    def pull() -> dict[str, Tensor]:
         value = exercise.call(function, call)
         output = value[0] if isinstance(value, tuple) else value
         if not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        generator = torch.Generator().manual_seed(7)
-        direction = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        total = (output * direction.to(output.dtype)).sum()
-        return list(torch.autograd.grad(total, leaves, allow_unused=True))
+            return {}
+        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+        total = (output * direction).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        pairs = zip(leaves.items(), found, strict=True)
+        return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
+
+    return _attempt(pull)
+
+
+def _attempt(call: Callable[[], Any], seed: int = 0) -> Observation:
+    torch.default_generator.manual_seed(seed)
+    try:
+        with torch.enable_grad():  # put back after each call, should the answer switch it off
+            value = call()
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, Tensor) and (tensor.layout, tensor.device) != DENSE:
+                raise TypeError("the result is not a dense tensor on the CPU")
+        return Observation(value=value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: no answer may end the notebook
+        return Observation(error=error)
 
 
 def same(a: Any, b: Any, rtol: float = 1e-4, atol: float = 1e-5) -> bool:
@@ -96,8 +135,8 @@ def same(a: Any, b: Any, rtol: float = 1e-4, atol: float = 1e-5) -> bool:
         if a.shape != b.shape:
             return False
         x, y = a.detach().double(), b.detach().double()
-        return torch.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True)
-    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+        return torch.equal(x, y) or torch.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True)
+    return type(a) is type(b) and isinstance(a, int | float | str) and a == b
 
 
 def expect(got: Any, want: Any, message: str = "", *, case: Case | None = None) -> None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .exercise import Case
 from .observe import Broken, same
 
 if TYPE_CHECKING:
     from .judge import Verdict
 
-MOST = 12  # numbers shown before a tensor is named by its shape
+MOST = 12  # numbers of an input shown before it is named by its shape; of a result two thirds
 
 
 def shorten(value: Any) -> str:
@@ -22,14 +23,14 @@ def shorten(value: Any) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(shorten(v) for v in value) + ")"
     if not isinstance(value, Tensor):
-        text = repr(value)
-        return text if len(text) <= 60 else text[:57] + "…"
+        text = " ".join(repr(value).split())
+        return text if len(text) <= 60 else text[:59] + "…"
     if value.numel() > MOST:
         return f"a tensor of shape {tuple(value.shape)}"
     return _numbers(value.detach().tolist())
 
 
-def shapes(case: dict[str, Any]) -> str:
+def shapes(case: Case) -> str:
     """The case by the shapes of its tensors: "scores (2, 3), mask (3,)"."""
     parts = [
         f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{name} = {value!r}"
@@ -40,60 +41,56 @@ def shapes(case: dict[str, Any]) -> str:
 
 def counterexample(broken: Broken) -> list[str]:
     """One or two lines: the input, got beside want, and the first place where they differ."""
+    prefix = f"For {shapes(broken.case)}: " if broken.case else ""
+    if broken.crash:
+        return [f"{prefix}your code raised {broken.message}."]
     if broken.message:
-        return [broken.message[0].upper() + broken.message[1:] + "."]
-    lines = []
-    if broken.case and all(_is_small(v) for v in broken.case.values()):
+        return [f"{prefix}{broken.message}."]
+    small = 3 * max(_count(broken.got), _count(broken.want)) <= 2 * MOST
+    if not small:
+        return [prefix + line for line in where(broken)]
+    if broken.case and _count(tuple(broken.case.values())) <= MOST:
         shown = ", ".join(f"{name} = {shorten(value)}" for name, value in broken.case.items())
-        lines.append(f"For {shown}:")
-    elif broken.case:
-        lines.append(f"For {shapes(broken.case)}:")
-    first = lines[0] + " " if lines else ""
-    if _is_small(broken.got) and _is_small(broken.want):
-        return [f"{first}got {shorten(broken.got)}, want {shorten(broken.want)}.", *where(broken)]
-    return [first + line for line in where(broken)]
+        prefix = f"For {shown}: "
+    got_and_want = f"{prefix}got {shorten(broken.got)}, want {shorten(broken.want)}."
+    return [got_and_want, *where(broken)] if _count(broken.got) > 3 else [got_and_want]
 
 
 def where(broken: Broken) -> list[str]:
     """The first index at which got and want differ, as a line."""
     pairs = [("", broken.got, broken.want)]
-    if isinstance(broken.want, tuple) and isinstance(broken.got, tuple):
-        pairs = [
-            (f"result {i}, ", g, w)
-            for i, (g, w) in enumerate(zip(broken.got, broken.want, strict=False))
-        ]
+    if isinstance(broken.want, tuple):
+        both = zip(broken.got, broken.want, strict=True)
+        pairs = [(f"result {i}, ", got, want) for i, (got, want) in enumerate(both)]
     for name, got, want in pairs:
-        if isinstance(got, Tensor) and isinstance(want, Tensor) and got.shape == want.shape:
-            if same(got, want) or got.ndim == 0:
-                continue
-            wrong = ~torch.isclose(got.double(), want.double(), 1e-4, 1e-5, equal_nan=True)
-            index = tuple(wrong.nonzero()[0].tolist())
-            return [
-                f"First difference at {name}{list(index)}: got {_numbers(got[index].item())}, "
-                f"want {_numbers(want[index].item())}."
-            ]
+        if not isinstance(got, Tensor) or same(got, want):
+            continue
+        wrong = ~torch.isclose(got.double(), want.double(), 1e-4, 1e-5, equal_nan=True)
+        index = tuple(wrong.nonzero()[0].tolist())
+        here, right = (_numbers(tensor[index].item()) for tensor in (got, want))
+        return [f"First difference at {name}{list(index)}: got {here}, want {right}."]
     return []
 
 
 def verdict_bundle(verdict: Verdict) -> dict[str, str]:
     """How Jupyter shows a verdict. For nbgrader the plain text is the number of points."""
     colour, ground = ("#0b6e4f", "#eaf6f1") if verdict.passed else ("#a03c00", "#fdf1e8")
-    lines = [html.escape(line) for line in verdict.lines]
+    first, *rest = [html.escape(line) for line in verdict.lines]
     box = (
         f'<div style="border-left:4px solid {colour};background:{ground};color:#1a1a1a;'
-        f'padding:8px 12px;line-height:1.5"><b>{lines[0]}</b>'
-        + "".join(f"<br>{line}" for line in lines[1:])
+        f'padding:8px 12px;line-height:1.5"><b>{first}</b>'
+        + "".join(f"<br>{line}" for line in rest)
         + "</div>"
     )
-    if "NBGRADER_EXECUTION" in os.environ:
-        return {"text/plain": str(verdict.points), "text/html": box}
-    return {"text/plain": str(verdict), "text/html": box}
+    plain = str(verdict.points) if "NBGRADER_EXECUTION" in os.environ else str(verdict)
+    return {"text/plain": plain, "text/html": box}
 
 
-def _is_small(value: Any) -> bool:
+def _count(value: Any) -> int:
+    """How many numbers would be shown."""
     if isinstance(value, tuple):
-        return all(_is_small(v) for v in value)
-    return not isinstance(value, Tensor) or value.numel() <= MOST
+        return sum(_count(v) for v in value)
+    return value.numel() if isinstance(value, Tensor) else 1
 
 
 def _numbers(value: Any) -> str:

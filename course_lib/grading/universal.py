@@ -6,61 +6,32 @@ unseen cousins, in an answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .answered import Answered, cast, lost_gradient
 from .exercise import Case, Exercise, Function
-from .observe import NotWritten, Observation, gradients, observe, same
-
-
-@dataclass(frozen=True)
-class Answered:
-    """An answer and the reference, observed on the same cases."""
-
-    exercise: Exercise
-    function: Function
-    cases: list[Case]
-    got: list[Observation]
-    want: list[Any]
-
-    @property
-    def right(self) -> list[bool]:
-        """For each case: is the value the reference's?"""
-        pairs = zip(self.got, self.want, strict=True)
-        return [g.error is None and same(g.value, w) for g, w in pairs]
-
-    def values(self) -> Iterable[tuple[Any, Any, Case]]:
-        """(got, want, case) where the answer gave a value."""
-        return [
-            (g.value, w, c)
-            for g, w, c in zip(self.got, self.want, self.cases, strict=True)
-            if g.error is None
-        ]
-
-
-def answered(exercise: Exercise, function: Function) -> Answered:
-    """Observe the answer on every case, for two draws of their numbers."""
-    cases = [case for seed in (0, 1) for case in exercise.cases_for(seed)]
-    return Answered(
-        exercise, function, cases,
-        [observe(exercise, function, case) for case in cases],
-        [observe(exercise, exercise.reference, case).value for case in cases],
-    )  # fmt: skip
+from .observe import Observation, gradients, observe, same
 
 
 @dataclass(frozen=True)
 class Universal:
-    """A mistake of any exercise. `make` gives None where it makes no sense for that one."""
+    """A mistake of any exercise. `make` gives None where it makes no sense for that one.
+
+    shown: whether the first case that went wrong is worth showing beside the cause.
+    """
 
     name: str
     cause: str
     ask: str
     make: Callable[[Exercise], Function | None]
     found: Callable[[Answered], bool]
+    shown: bool = False
 
 
 def diagnose(answer: Answered) -> Universal | None:
@@ -87,25 +58,32 @@ def _then(change: Callable[..., Any]) -> Callable[[Exercise], Function]:
 
 
 def _all(answer: Answered, rule: Callable[[Any, Any, Case], bool]) -> bool:
-    values = list(answer.values())
-    return bool(values) and all(rule(*value) for value in values)
+    return bool(answer.values) and all(rule(*value) for value in answer.values)
 
 
 def _first(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and value else value
 
 
-def _returns_input(answer: Answered, name: str | None = None) -> bool:
-    names = [name] if name else list(answer.cases[0])
-    return any(
-        _all(answer, lambda got, want, case, n=n: _is(got, case.get(n)) and not same(got, want))
-        for n in names
+def _same_shape(a: Any, b: Any) -> bool:
+    a, b = _first(a), _first(b)
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+
+
+def _is_none(answer: Answered) -> bool:
+    wrong = [answer.got[i] for i in answer.wrong]
+    return bool(wrong) and all(g.error is None and g.value is None for g in wrong)
+
+
+def _returns_input(answer: Answered, names: tuple[str, ...] = ()) -> bool:
+    def is_input(got: Any, want: Any, case: Case, name: str) -> bool:
+        got, given = _first(got), case.get(name)
+        return isinstance(given, Tensor) and isinstance(got, Tensor) and same(got, given)
+
+    names = names or tuple(answer.cases[0])
+    return bool(answer.wrong) and any(
+        _all(answer, functools.partial(is_input, name=name)) for name in names
     )
-
-
-def _is(got: Any, given: Any) -> bool:
-    got = _first(got)
-    return isinstance(given, Tensor) and isinstance(got, Tensor) and same(got, given)
 
 
 def _is_zero(got: Any, want: Any, case: Case) -> bool:
@@ -116,66 +94,111 @@ def _is_constant(answer: Answered) -> bool:
     """Two draws of numbers, same shapes: the results agree though the right ones differ."""
     half = len(answer.cases) // 2
     told = [
-        same(answer.got[i].value, answer.got[i + half].value)
-        for i in range(half)
-        if answer.got[i].error is None
-        and answer.got[i + half].error is None
-        and isinstance(_first(answer.got[i].value), Tensor)
+        same(a.value, b.value)
+        for a, b, i in zip(answer.got, answer.got[half:], range(half), strict=False)
+        if isinstance(_first(a.value), Tensor)
+        and isinstance(_first(b.value), Tensor)
         and not same(answer.want[i], answer.want[i + half])
     ]
     return bool(told) and all(told)
 
 
+def _varies(answer: Answered) -> bool:
+    """The same inputs again, with other random numbers, give something else."""
+    again = observe(answer.exercise, answer.function, answer.cases[0], seed=1)
+    first = answer.got[0]
+    if first.error is not None or again.error is not None:
+        return (first.error is None) != (again.error is None)
+    return isinstance(_first(first.value), Tensor) and not same(first.value, again.value)
+
+
+def _is_squeezed(answer: Answered) -> bool:
+    """Right but for dimensions of size 1 that have been dropped or added."""
+
+    def flat(got: Any, want: Any) -> bool:
+        got, want = _first(got), _first(want)
+        return isinstance(got, Tensor) and same(got.squeeze(), want.squeeze())
+
+    wrong = [(answer.got[i].value, answer.want[i]) for i in answer.wrong]
+    return bool(wrong) and all(flat(*pair) and not _same_shape(*pair) for pair in wrong)
+
+
 def _is_hard_coded(answer: Answered) -> bool:
-    """Right for some sizes; for the others an error or a wrong shape."""
-    wrong = [
-        g.error is not None or not _same_shape(g.value, w)
-        for g, w, right in zip(answer.got, answer.want, answer.right, strict=True)
-        if not right
-    ]
-    return any(answer.right) and bool(wrong) and all(wrong)
+    """Right for some sizes; for others, given the same arguments, an error or a wrong shape."""
+    wrong, given = answer.wrong, [frozenset(case) for case in answer.cases]
+    right = {given[i] for i, right in enumerate(answer.right) if right}
+    return any(given[i] in right for i in wrong) and all(
+        _fails_by_shape(answer.got[i], answer.want[i]) for i in wrong
+    )
 
 
-def _same_shape(a: Any, b: Any) -> bool:
-    a, b = _first(a), _first(b)
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+def _fails_by_shape(got: Observation, want: Any) -> bool:
+    if got.error is not None:
+        return isinstance(got.error, RuntimeError | IndexError | ValueError | AssertionError)
+    return isinstance(_first(got.value), Tensor) and not _same_shape(got.value, want)
 
 
 def _mixes_batch(answer: Answered) -> bool:
-    """Other numbers in the last batch element change the result of the first, or it is moved."""
-    exercise = answer.exercise
-    if not exercise.batched:
+    """Other numbers in one batch element change the result of another, or results are moved.
+
+    Only where an answer is right for a single element is its batch to blame.
+    """
+    if not answer.exercise.batched or any(_is_single(answer.cases[i]) for i in answer.wrong):
         return False
-    case, other = exercise.cases_for(0)[-1], exercise.cases_for(1)[-1]
-    mixed = {name: _with_last_from(case[name], other[name]) for name in case}
-    before, after = (observe(exercise, answer.function, c) for c in (case, mixed))
-    want = observe(exercise, exercise.reference, case).value
-    if before.error or after.error or not _same_shape(before.value, want):
+    last = len(answer.cases) // 2 - 1
+    case, other = answer.cases[last], answer.cases[-1]
+    got, want = _first(answer.got[last].value), _first(answer.want[last])
+    if not _same_shape(got, want):
         return False
-    a, b, right = _first(before.value), _first(after.value), _first(want)
-    orders = [right.roll(s, 0) for s in range(1, len(right))] + [right.flip(0)]
-    return not same(a[0], b[0]) or any(same(a, order) for order in orders if not same(order, right))
+    for changed, kept in ((-1, 0), (0, -1)):
+        mixed = {name: _with_element(case[name], other[name], changed) for name in case}
+        now = _first(observe(answer.exercise, answer.function, mixed).value)
+        if not _same_shape(now, want) or not same(now[kept], got[kept]):
+            return True
+    return any(same(got, order) for order in _moved(want) if not same(order, want))
 
 
-def _with_last_from(value: Any, other: Any) -> Any:
+def _is_single(case: Case) -> bool:
+    """Has the case no batch, or one of a single element?"""
+    first = next(iter(case.values()))
+    return first.ndim < 3 or first.shape[0] == 1
+
+
+def _with_element(value: Any, other: Any, index: int) -> Any:
     if not isinstance(value, Tensor) or value.ndim < 3:
         return value
-    return torch.cat([value[:-1], other[-1:]])
+    mixed = value.clone()
+    mixed[index] = other[index]
+    return mixed
 
 
-def _wrong_dtype(got: Any, want: Any, case: Case) -> bool:
-    return _same_shape(got, want) and _first(got).dtype != _first(want).dtype
+def _moved(value: Tensor) -> list[Tensor]:
+    return [value.roll(shift, 0) for shift in range(1, len(value))] + [value.flip(0)]
 
 
-def _is_detached(answer: Answered) -> bool:
+def _changes_dtype(answer: Answered) -> bool:
+    """Numbers about right, but not in the dtype of the inputs, be it float32 or float64."""
+    if not all(same(got, want, 1e-2, 1e-2) for got, want, _ in answer.values):
+        return False
+    if len(answer.values) < len(answer.cases):
+        return False
+    cases = [(cast(answer.cases[0], dtype), dtype) for dtype in (torch.float32, torch.float64)]
+    seen = [(observe(answer.exercise, answer.function, c).value, dtype) for c, dtype in cases]
+    return any(isinstance(_first(v), Tensor) and _first(v).dtype != dtype for v, dtype in seen)
+
+
+def _overwrites_saved(answer: Answered) -> bool:
+    """The gradient needs a tensor that has been changed in place since."""
+    cases = answer.cases if all(answer.right) else []
+    seen = (gradients(answer.exercise, answer.function, case) for case in cases)
+    return any("inplace operation" in str(s.error) for s in seen)
+
+
+def _loses_gradient(answer: Answered) -> bool:
     if not all(answer.right):
         return False
-    try:
-        return gradients(answer.exercise, answer.function, answer.cases[0]) is None
-    except NotWritten:
-        raise
-    except Exception:
-        return False
+    lost = lost_gradient(answer)
+    return lost is not None and lost[1] is not None
 
 
 # --- how to make them -------------------------------------------------------------------------
@@ -183,7 +206,7 @@ def _is_detached(answer: Answered) -> bool:
 
 def _value_input(exercise: Exercise) -> Function | None:
     names = list(exercise.cases_for()[0])
-    index = next((i for i, name in enumerate(names) if name in ("value", "values")), None)
+    index = next((i for i, name in enumerate(names) if name in VALUES), None)
     return None if index is None else lambda *args, **options: args[index].clone()
 
 
@@ -198,9 +221,8 @@ def _in_place(exercise: Exercise) -> Function:
 
 def _hard_coded(exercise: Exercise) -> Function:
     """Works for one size only, as `view(2, 3)` does."""
-    size = exercise.reference(**exercise.cases_for()[0])
-    shape = _first(size).shape
-    return _then(lambda value, *args: value.reshape(shape) if value.ndim >= 0 else value)(exercise)
+    shape = _first(exercise.reference(**exercise.cases_for()[0])).shape
+    return _then(lambda value, *args: value.reshape(shape))(exercise)
 
 
 def _rolled(exercise: Exercise) -> Function | None:
@@ -210,11 +232,20 @@ def _rolled(exercise: Exercise) -> Function | None:
     return _then(lambda value, *args: value.roll(1, 0) if value.ndim >= rank else value)(exercise)
 
 
+def _saved_then_changed(value: Tensor, *args: Any) -> Tensor:
+    one = torch.ones_like(value)
+    value = value * one
+    one.add_(0)  # the product saved it for its gradient
+    return value
+
+
+VALUES = ("value", "values")
+WHERE = "Where do the inputs enter the result?"
+
 UNIVERSAL = [
     Universal(
         "None", "Your function returned None.", "Is there a `return` on every path?",
-        lambda exercise: lambda *args, **options: None,
-        lambda answer: _all(answer, lambda got, want, case: got is None),
+        lambda exercise: lambda *args, **options: None, _is_none,
     ),
     Universal(
         "input changed in place",
@@ -224,50 +255,61 @@ UNIVERSAL = [
         lambda answer: any(g.changed for g in answer.got),
     ),
     Universal(
+        "another result each time",
+        "Called again with the same inputs, your function gives something else.",
+        "Is there something random (dropout, rand), or something kept from one call to the next?",
+        _then(lambda value, *args: value * (1 + 0.1 * torch.rand(()))),
+        _varies,
+    ),
+    Universal(
         "wrong dtype", "The numbers come back in another dtype than they went in.",
         "Where does a `.float()`, `.double()` or a freshly made tensor set the dtype?",
         _then(lambda v, *args: v.double() if v.dtype == torch.float32 else v.float()),
-        lambda answer: _all(answer, _wrong_dtype),
+        _changes_dtype,
     ),
     Universal(
-        "zeros", "Your result is 0 everywhere.", "Where do the inputs enter the result?",
+        "zeros", "Your result is 0 everywhere.", WHERE,
         _then(lambda value, *args: torch.zeros_like(value)),
         lambda answer: _all(answer, _is_zero),
     ),
     Universal(
         "the value input", "You return the values as they came in: no query has looked at them.",
         "Which weights should the values be averaged with?",
-        _value_input,
-        lambda answer: any(n in answer.cases[0] for n in ("value", "values"))
-        and any(_returns_input(answer, n) for n in ("value", "values")),
+        _value_input, lambda answer: _returns_input(answer, VALUES),
     ),
     Universal(
         "the identity", "You return an input as it came in.", "What should happen to it?",
-        lambda exercise: lambda *args, **options: args[0].clone(),
-        _returns_input,
+        lambda exercise: lambda *args, **options: args[0].clone(), _returns_input,
     ),
     Universal(
-        "a constant", "Your result is the same for different inputs.",
-        "Where do the inputs enter the result?",
-        _then(lambda value, *args: torch.full_like(value, 0.25)),
-        _is_constant,
+        "a constant", "Your result is the same for different inputs.", WHERE,
+        _then(lambda value, *args: torch.full_like(value, 0.25)), _is_constant,
     ),
     Universal(
-        "shape hard-coded", "It is right for one size and fails for others.",
-        "Is a length or width written as a number, or a dimension counted from the wrong end?",
-        _hard_coded,
-        _is_hard_coded,
+        "dimensions of size 1 dropped or added", "The numbers are right, the shape is not.",
+        "Is there a `squeeze`, an `unsqueeze` or a `keepdim` too many?",
+        _then(lambda value, *args: value.squeeze()), _is_squeezed, shown=True,
+    ),
+    Universal(
+        "shape hard-coded", "It is right for other sizes.",
+        "Is a length or width written as a number, or a dimension not counted from the end?",
+        _hard_coded, _is_hard_coded, shown=True,
     ),
     Universal(
         "batch mixed up", "The result of one batch element depends on another one.",
         "Along which dimension does each operation work, counted from the end?",
-        _rolled,
-        _mixes_batch,
+        _rolled, _mixes_batch,
     ),
     Universal(
-        "detached gradient", "The numbers are right, but no gradient flows back to the inputs.",
-        "Is there a `.detach()`, `.data`, `.item()` or `torch.tensor(...)` on the way?",
-        _then(lambda value, *args: value.detach()),
-        _is_detached,
+        "a tensor that the gradient needs, overwritten",
+        "The numbers are right, but PyTorch cannot compute the gradient: a tensor that it needs "
+        "for that has been overwritten.",
+        "Which `x[...] =`, `+=` or operation with a trailing underscore could make a new tensor?",
+        _then(_saved_then_changed), _overwrites_saved,
+    ),
+    Universal(
+        "detached gradient", "Something on the way cuts it off.",
+        "Is there a `.detach()`, `.data`, `.item()`, `float(...)` or numpy on the way?",
+        _then(lambda value, *args: value.detach()), _loses_gradient, shown=True,
     ),
 ]  # fmt: skip

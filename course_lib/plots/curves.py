@@ -56,7 +56,8 @@ def _draw(ax: Axes, name: str, history: Any, x: str) -> None:
     measured = ~np.isnan(held_out)
     if measured.any():
         dots: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "--", "linewidth": 1.2}
-        ax.plot(at[measured], held_out[measured], **dots, color=pale.get_color(), label=f"{name}, held out")
+        style = {"color": pale.get_color(), "label": f"{name}, held out"}
+        ax.plot(at[measured], held_out[measured], **dots, **style)
 
 
 def _pair(name: str, history: Any, at: str, loss: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ Draws its picture, asks the grader for its message, and counts what the graders 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def counts() -> str:
     )
 
 
-def fill(text: str) -> str:
-    """The README with its generated parts made anew, each between its two comments."""
-    for name, make in (("message", message), ("counts", counts)):
+def fill(text: str, **parts: Callable[[], str]) -> str:
+    """The README with generated parts made anew, each between its two comments."""
+    for name, make in parts.items():
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
         text = re.sub(pattern, lambda m, make=make: m[1] + make() + m[2], text, flags=re.DOTALL)
     return text
@@ -84,5 +85,6 @@ def fill(text: str) -> str:
 
 if __name__ == "__main__":
     print(f"wrote {write()}")
-    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    README.write_text(fill(text, message=message, counts=counts), encoding="utf-8")
     print(f"wrote {README}")

@@ -302,13 +302,19 @@ def test_a_call_to_the_outside_would_be_seen(browser):
 # -- the walk ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+def in_one_worker(names):
+    """Tests of one notebook go to one worker: it is opened and run there once."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
+@pytest.mark.parametrize("name", in_one_worker(NOTEBOOKS))
 def test_every_cell_of_a_notebook_runs_in_the_browser(visit, name):
     lab = visit(f"notebooks/{name}").run_all()
     lab.picture("all")
     assert all(cell["count"] for cell in lab.code())
 
 
+@pytest.mark.xdist_group("00_start_here.ipynb")
 def test_the_picture_follows_a_sentence_that_the_learner_types(visit):
     lab = visit("notebooks/00_start_here.ipynb").run_all()
     line = lab.page.locator(".widget-text input")
@@ -327,6 +333,7 @@ def test_the_picture_follows_a_sentence_that_the_learner_types(visit):
     lab.picture("typed")
 
 
+@pytest.mark.xdist_group("00_start_here.ipynb")
 def test_a_sentence_of_unknown_words_gets_a_line_and_no_traceback(visit):
     lab = visit("notebooks/00_start_here.ipynb").run_all()
     line = lab.page.locator(".widget-text input")
@@ -341,7 +348,7 @@ def test_a_sentence_of_unknown_words_gets_a_line_and_no_traceback(visit):
     wait_for(picture.is_visible, 30, lambda: "the picture did not come back")
 
 
-@pytest.mark.parametrize("name", ["00_start_here.ipynb", "02_attention.ipynb"])
+@pytest.mark.parametrize("name", in_one_worker(["00_start_here.ipynb", "02_attention.ipynb"]))
 def test_moving_the_slider_shows_the_weights_of_another_query(visit, name):
     lab = visit(f"notebooks/{name}").run_all()
     box = lab.page.locator(".attention-explorer").last
