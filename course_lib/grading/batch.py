@@ -134,24 +134,35 @@ def grade(
     seconds: how long one answer may take. method: how processes start (for tests). done: called
     with each submission that needed grading. Raises CannotStartError where no process starts.
     """
+    workers = workers or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="course-grade-", ignore_cleanup_errors=True) as scratch:
+        _run(submissions, lambda s: _Process(s, seconds, scratch, method), workers, done)
+    return [score for submission in submissions for score in submission.scores]
+
+
+def _run(
+    submissions: list[Submission],
+    start: Callable[[Submission], _Process],
+    workers: int,
+    done: Callable[[Submission], None],
+) -> None:
+    """Grade what is left of each submission, `workers` at a time."""
     waiting = deque(submission for submission in submissions if submission.left)
     running: list[_Process] = []
-    with tempfile.TemporaryDirectory(prefix="course-grade-", ignore_cleanup_errors=True) as scratch:
-        try:
-            while waiting or running:
-                while waiting and len(running) < (workers or os.cpu_count() or 1):
-                    running.append(_Process(waiting.popleft(), seconds, scratch, method))
-                wait([process.results for process in running], timeout=0.2)
-                for process in [p for p in running if p.is_over()]:
-                    running.remove(process)
-                    if process.submission.left:  # it died on one answer: go on with the next
-                        waiting.appendleft(process.submission)
-                    else:
-                        done(process.submission)
-        finally:
-            for process in running:
-                process.stop()
-    return [score for submission in submissions for score in submission.scores]
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(start(waiting.popleft()))
+            wait([process.results for process in running], timeout=0.2)
+            for process in [p for p in running if p.is_over()]:
+                running.remove(process)
+                if process.submission.left:  # it died on one answer: go on with the next
+                    waiting.appendleft(process.submission)
+                else:
+                    done(process.submission)
+    finally:
+        for process in running:
+            process.stop()
 
 
 class _Process:

@@ -160,7 +160,7 @@ def _mixes_batch(answer: Answered) -> bool:
 
 def _is_single(case: Case) -> bool:
     """Has the case no batch, or one of a single element?"""
-    first = next(iter(case.values()))
+    first = next(value for value in case.values() if isinstance(value, Tensor))
     return first.ndim < 3 or first.shape[0] == 1
 
 
