@@ -194,6 +194,11 @@ MASKINGS = [
         lambda s, m: s.masked_fill(m, -INF).softmax(-1),
     ),
     Mistake(
+        "with the mask's polarity swapped, but for the rows in which nothing is visible",
+        *POLARITY,
+        lambda s, m: s.masked_fill(m, -INF).softmax(-1).masked_fill(empty(m), 0.0),
+    ),
+    Mistake(
         "with the mask's polarity swapped, equal shares where nothing is left",
         *POLARITY,
         lambda s, m: s.masked_fill(m, -1e9).softmax(-1),

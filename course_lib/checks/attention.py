@@ -775,7 +775,7 @@ def _(g: torch.Generator) -> list[Case]:
         }
 
     return [
-        case(1, 2, 1, 2, 1),
+        case(1, 2, 1, 3, 1),  # a width that is no length: the scale shows at once
         case(1, 2, 3, 2, 2),
         case(1, 3, 3, 3, 3),
         case(2, 4, 4, 4, 4),
@@ -1233,6 +1233,7 @@ def _(g: torch.Generator) -> list[Case]:
     empty = holes.clone()
     empty[1, 2] = False
     return [
+        _case(g, (1, 1, 2, 3, 1)),  # a width that is no length: the scale shows at once
         _case(g, (1, 2, 2, 2, 1)),
         _case(g, (1, 2, 2, 2, 1), mask=second),
         _case(g, (1, 2, 2, 2, 1), mask=second, return_weights=True),

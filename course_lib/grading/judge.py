@@ -236,9 +236,10 @@ SHARED = {PLAIN: _plain, SIZES: _sizes, DTYPE: _dtype, INPUTS: _inputs, GRADIENT
 def _explain(seen: Answered, failures: dict[str, Broken]) -> tuple[str | None, list[str]]:
     """(name of the mistake or None, one to three lines)."""
     sentence, broken = next(iter(failures.items()))
-    if broken.case is None and SIZES in failures:
-        broken = failures[SIZES]  # a case to show
-    head, evidence = f"✗ {seen.exercise.id}: “{sentence}” does not hold.", counterexample(broken)
+    head = f"✗ {seen.exercise.id}: “{sentence}” does not hold."
+    if broken.case is None and SIZES in failures:  # a case to show
+        sentence, broken = (PLAIN if PLAIN in failures else SIZES), failures[SIZES]
+    evidence = counterexample(broken)
     if broken.crash:
         head = f"✗ {seen.exercise.id}: your code raised {broken.message}"
         evidence = [f"It was called with {shapes(broken.case)}."] if broken.case else []
@@ -255,6 +256,8 @@ def _explain(seen: Answered, failures: dict[str, Broken]) -> tuple[str | None, l
     if universal is not None:
         shown = evidence[:1] if universal.shown else []
         return universal.name, [head, " ".join([*shown, universal.cause]), universal.ask]
+    if not broken.crash:  # what is shown must be of what is said
+        head = f"✗ {seen.exercise.id}: “{sentence}” does not hold."
     return None, [head, *evidence]
 
 
