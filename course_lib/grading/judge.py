@@ -267,20 +267,33 @@ def recognise(seen: Answered) -> tuple[Mistake, Case | None] | None:
     It must agree with the answer on every case that the answer gets wrong, with a value at least
     once; of several, the one that agrees on most cases. Beside it None where the two always agree,
     or else a case to show where they do: one that tells, for NaN and 0 come about in many ways.
+    If none does, one that agrees on all ordinary cases is named for those: the first of several
+    mistakes to mend.
     """
+    telling = [i for i in seen.wrong if _tells(seen.got[i].value, seen.want[i])]
+    valued = any(seen.got[i].error is None for i in seen.wrong)
+    best, most = _closest(seen, seen.wrong)
+    if best is not None and valued and most == len(seen.cases):
+        return best, None
+    if best is not None and valued and telling:
+        return best, seen.cases[telling[0]]
+    # Two mistakes at once: on ordinary input, without options, one of them may show alone.
+    ordinary = [i for i in telling if seen.cases[i].keys() == seen.cases[0].keys()]
+    if len(ordinary) < 4 or any(seen.got[i].error is not None for i in seen.wrong):
+        return None
+    best, _ = _closest(seen, ordinary)
+    return None if best is None else (best, seen.cases[ordinary[0]])
+
+
+def _closest(seen: Answered, cases: list[int]) -> tuple[Mistake | None, int]:
+    """The mistake that agrees on all these cases and on most others; on how many it does."""
     best, most = None, 0
     for mistake in seen.exercise.mistakes:
         agrees = functools.partial(_agrees, seen, mistake)
-        count = sum(map(agrees, range(len(seen.cases)))) if all(map(agrees, seen.wrong)) else 0
+        count = sum(map(agrees, range(len(seen.cases)))) if all(map(agrees, cases)) else 0
         if count > most:
             best, most = mistake, count
-    telling = [i for i in seen.wrong if _tells(seen.got[i].value, seen.want[i])]
-    valued = any(seen.got[i].error is None for i in seen.wrong)
-    if best is None or not valued:
-        return None
-    if most == len(seen.cases):
-        return best, None
-    return (best, seen.cases[telling[0]]) if telling else None
+    return best, most
 
 
 def _tells(got: Any, want: Any) -> bool:
