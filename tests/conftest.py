@@ -1,5 +1,7 @@
 """What every test runs with: checked shapes, one thread, a home of its own."""
 
+import functools
+import importlib
 import os
 import sys
 import tempfile
@@ -41,3 +43,22 @@ def course_home(tmp_path, monkeypatch):
     """An empty folder for one test's progress."""
     monkeypatch.setenv("COURSE_HOME", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """course_lib as users import it: torch.compile cannot trace through run-time shape checks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "course_lib"]:
+            patch.delitem(sys.modules, name)
+        finders = [f for f in sys.meta_path if not type(f).__module__.startswith("jaxtyping")]
+        patch.setattr(sys, "meta_path", finders)
+        yield importlib.import_module("course_lib")
+
+
+@pytest.fixture
+def compiled():
+    """Compile without a graph break; dynamo forgets everything before and after."""
+    torch._dynamo.reset()
+    yield functools.partial(torch.compile, fullgraph=True)
+    torch._dynamo.reset()

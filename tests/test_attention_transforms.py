@@ -1,7 +1,5 @@
 """`attention` inside what PyTorch offers: compile, vmap, autocast, dropout, devices, memory."""
 
-import functools
-import importlib
 import subprocess
 import sys
 
@@ -34,25 +32,6 @@ def same(got, want, **tolerance):
 
 
 # --- torch.compile -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def plain():
-    """course_lib as users import it: torch.compile cannot trace through run-time shape checks."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in sys.modules if n.partition(".")[0] == "course_lib"]:
-            patch.delitem(sys.modules, name)
-        finders = [f for f in sys.meta_path if not type(f).__module__.startswith("jaxtyping")]
-        patch.setattr(sys, "meta_path", finders)
-        yield importlib.import_module("course_lib")
-
-
-@pytest.fixture
-def compiled():
-    """Compile without a graph break; dynamo forgets everything before and after."""
-    torch._dynamo.reset()
-    yield functools.partial(torch.compile, fullgraph=True)
-    torch._dynamo.reset()
 
 
 COMPILED_MASKS = {

