@@ -17,6 +17,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from . import checkout, claims
+
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -58,7 +60,7 @@ def clean(notebook: NotebookNode) -> NotebookNode:
 
 
 def main(paths: Sequence[str]) -> int:
-    """Run and store each notebook named; stop at the first that fails."""
+    """Run and store each notebook named, then the ledger of claims; stop at the first failure."""
     for path in map(Path, paths):
         try:
             notebook, seconds = execute(path)
@@ -67,6 +69,7 @@ def main(paths: Sequence[str]) -> int:
             return 1
         nbformat.write(clean(notebook), path)
         print(f"{path}: {seconds:.0f} s", flush=True)
+        claims.write(checkout.find_root(path.parent))
     return 0
 
 

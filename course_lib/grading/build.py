@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import cast
@@ -19,6 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from .exercise import Exercise, chapter_exercises, chapters
 
 IMPORTS = """import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +28,6 @@ from torch import Tensor
 
 from course_lib.checks import check, hint, status"""
 
-# A solution imports only what it uses; a linter reads it.
-IMPORTS_OF_SOLUTIONS = IMPORTS.replace("import torch.nn.functional as F\n", "").replace(
-    "hint, ", ""
-)
 
 HOW = """Write each function in its cell, run it, then run the check below it. A wrong answer is
 told what broke and, where we know it, which mistake it is. Stuck? `hint("{id}")` gives a question,
@@ -70,7 +68,15 @@ def _head(stem: str, exercises: list[Exercise], solved: bool) -> list[NotebookNo
         f"{len(exercises)} exercises · about {minutes} minutes · {points} points\n\n"
         + HOW.format(id=exercises[0].id, stem=stem)
     )
-    return [_markdown("head", text), _code("imports", IMPORTS_OF_SOLUTIONS if solved else IMPORTS)]
+    return [_markdown("head", text), _code("imports", _used(exercises) if solved else IMPORTS)]
+
+
+def _used(exercises: list[Exercise]) -> str:
+    """The imports that our answers need: a solution imports only what it uses."""
+    sources = "\n".join(exercise.source() for exercise in exercises)
+    words = {*re.findall(r"\w+", sources), "status"}
+    lines = IMPORTS.replace("hint, ", "").splitlines()
+    return "\n".join(line for line in lines if not line or line.split()[-1] in words).strip()
 
 
 def _exercise_cells(number: int, exercise: Exercise, solved: bool) -> list[NotebookNode]:

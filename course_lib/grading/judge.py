@@ -22,7 +22,7 @@ from .universal import diagnose
 
 PLAIN = "gives the right numbers"
 SIZES = "gives the right numbers for every size"
-DTYPE = "keeps the dtype of its input"
+DTYPE = "has the right dtype"
 INPUTS = "leaves its inputs as they were"
 GRADIENT = "lets the gradient through to its inputs"
 
@@ -205,10 +205,11 @@ def _dtype(seen: Answered) -> None:
         want = observe(seen.exercise, seen.exercise.reference, case).value
         observation = observe(seen.exercise, seen.function, case)
         value = _structured(seen.function, observation, want, case)
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if tensor.dtype != dtype:
-                kinds = [str(kind).removeprefix("torch.") for kind in (dtype, tensor.dtype)]
-                raise Broken("{} in should give {} out, got {}".format(kinds[0], *kinds))
+        pairs = zip(value, want, strict=True) if isinstance(want, tuple) else [(value, want)]
+        for got, right in pairs:
+            if got.dtype != right.dtype:
+                kinds = [str(k).removeprefix("torch.") for k in (dtype, right.dtype, got.dtype)]
+                raise Broken("{} in should give {} out, got {}".format(*kinds))
 
 
 def _inputs(seen: Answered) -> None:

@@ -22,6 +22,8 @@ def shorten(value: Any) -> str:
     """A value on one short line: small tensors by their numbers, large ones by their shape."""
     if isinstance(value, tuple):
         return "(" + ", ".join(shorten(v) for v in value) + ")"
+    if callable(value) and hasattr(value, "__name__"):
+        return str(value.__name__)
     if not isinstance(value, Tensor):
         text = " ".join(repr(value).split())
         return text if len(text) <= 60 else text[:59] + "…"
@@ -33,7 +35,9 @@ def shorten(value: Any) -> str:
 def shapes(case: Case) -> str:
     """The case by the shapes of its tensors: "scores (2, 3), mask (3,)"."""
     parts = [
-        f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{name} = {value!r}"
+        f"{name} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{name} = {shorten(value)}"
         for name, value in case.items()
     ]
     return ", ".join(parts)

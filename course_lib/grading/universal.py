@@ -179,14 +179,18 @@ def _moved(value: Tensor) -> list[Tensor]:
 
 
 def _changes_dtype(answer: Answered) -> bool:
-    """Numbers about right, but not in the dtype of the inputs, be it float32 or float64."""
+    """Numbers about right, but not in the dtype they should have, for float32 or for float64."""
     if not all(same(got, want, 1e-2, 1e-2) for got, want, _ in answer.values):
         return False
     if len(answer.values) < len(answer.cases):
         return False
-    cases = [(cast(answer.cases[0], dtype), dtype) for dtype in (torch.float32, torch.float64)]
-    seen = [(observe(answer.exercise, answer.function, c).value, dtype) for c, dtype in cases]
-    return any(isinstance(_first(v), Tensor) and _first(v).dtype != dtype for v, dtype in seen)
+    for dtype in (torch.float32, torch.float64):
+        case = cast(answer.cases[0], dtype)
+        functions = (answer.function, answer.exercise.reference)
+        got, want = (_first(observe(answer.exercise, f, case).value) for f in functions)
+        if isinstance(got, Tensor) and got.dtype != want.dtype:
+            return True
+    return False
 
 
 def _overwrites_saved(answer: Answered) -> bool:
@@ -215,7 +219,8 @@ def _value_input(exercise: Exercise) -> Function | None:
 def _in_place(exercise: Exercise) -> Function:
     def spoiled(*args: Any, **options: Any) -> Any:
         value = exercise.reference(*args, **options)
-        args[0].mul_(0.5)
+        given = args[0]
+        given.copy_(given * 0.5 if given.is_floating_point() else given == 0)
         return value
 
     return spoiled
@@ -232,6 +237,16 @@ def _rolled(exercise: Exercise) -> Function | None:
         return None
     rank = _first(exercise.reference(**exercise.cases_for()[-1])).ndim
     return _then(lambda value, *args: value.roll(1, 0) if value.ndim >= rank else value)(exercise)
+
+
+def _if_differentiable(make: Callable[[Exercise], Function]) -> Callable[[Exercise], Any]:
+    """A mistake with the gradient: none where a right result has no gradient, as a mask has."""
+
+    def make_or_not(exercise: Exercise) -> Function | None:
+        found = gradients(exercise, exercise.reference, exercise.cases_for()[0])
+        return make(exercise) if found.value else None
+
+    return make_or_not
 
 
 def _saved_then_changed(value: Tensor, *args: Any) -> Tensor:
@@ -285,7 +300,8 @@ UNIVERSAL = [
     ),
     Universal(
         "a constant", "Your result is the same for different inputs.", WHERE,
-        _then(lambda value, *args: torch.full_like(value, 0.25)), _is_constant,
+        _then(lambda v, *args: torch.full_like(v, 0.25 if v.is_floating_point() else 1)),
+        _is_constant,
     ),
     Universal(
         "dimensions of size 1 dropped or added", "The numbers are right, the shape is not.",
@@ -307,11 +323,11 @@ UNIVERSAL = [
         "The numbers are right, but PyTorch cannot compute the gradient: a tensor that it needs "
         "for that has been overwritten.",
         "Which `x[...] =`, `+=` or operation with a trailing underscore could make a new tensor?",
-        _then(_saved_then_changed), _overwrites_saved,
+        _if_differentiable(_then(_saved_then_changed)), _overwrites_saved,
     ),
     Universal(
         "detached gradient", "Something on the way cuts it off.",
         "Is there a `.detach()`, `.data`, `.item()`, `float(...)` or numpy on the way?",
-        _then(lambda value, *args: value.detach()), _loses_gradient, shown=True,
+        _if_differentiable(_then(lambda value, *args: value.detach())), _loses_gradient, shown=True,
     ),
 ]  # fmt: skip
