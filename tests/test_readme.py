@@ -33,6 +33,10 @@ def test_the_counts_are_of_the_exercises_that_exist():
     assert numbers == [len(exercises), wrong, wrong, wrong, right, right], STALE
 
 
+def test_the_verdicts_are_those_of_the_ledger():
+    assert readme.fill(TEXT, verdicts=lambda: readme.verdicts(ROOT)) == TEXT, STALE
+
+
 def test_every_link_and_picture_leads_to_a_file():
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert len(links) >= 6

@@ -19,13 +19,19 @@ CHAPTERS = (
     Chapter(0, "start_here", "Start here", "what you will build, how to work, a first look", True),
     Chapter(1, "why_attention", "Why attention", "recurrence against attention, measured", True),
     Chapter(2, "attention", "Attention", "from one query to the batched matrix form", True),
-    Chapter(3, "multi_head_attention", "Multi-head attention", "several relations at once"),
-    Chapter(4, "positional_encodings", "Positional encodings", "how a bag of words gets an order"),
+    Chapter(3, "multi_head_attention", "Multi-head attention", "several relations at once", True),
     Chapter(
-        5, "residual_and_layer_norm", "Residuals and layer norm", "depth without dying gradients"
+        4, "positional_encodings", "Positional encodings", "how a bag of words gets an order", True
     ),
-    Chapter(6, "masking", "Masking", "padding, causality, and how leaks are found"),
-    Chapter(7, "cross_attention", "Cross-attention", "one sequence reads another"),
+    Chapter(
+        5,
+        "residual_and_layer_norm",
+        "Residuals and layer norm",
+        "depth without dying gradients",
+        True,
+    ),
+    Chapter(6, "masking", "Masking", "padding, causality, and how leaks are found", True),
+    Chapter(7, "cross_attention", "Cross-attention", "one sequence reads another", True),
     Chapter(8, "encoder", "The encoder", "masked words, classification"),
     Chapter(9, "decoder", "The decoder", "next-token training, generation, the KV cache"),
     Chapter(10, "encoder_decoder", "Encoder and decoder together", "translation, beam search"),

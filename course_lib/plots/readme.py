@@ -1,10 +1,12 @@
 """Make what the README shows again: ``python -m course_lib.plots.readme``.
 
-Draws its picture, asks the grader for its message, and counts what the graders were tested with.
+Draws its picture, asks the grader for its message, counts what the graders were tested with, and
+takes the verdicts from the ledger of claims.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +77,19 @@ def counts() -> str:
     )
 
 
+def verdicts(root: Path = Path()) -> str:
+    """The ledger of claims as a table: what is said, what was found, and where."""
+    from course_lib.claims import LEDGER
+
+    ledger = json.loads((root / LEDGER).read_text(encoding="utf-8"))
+    rows = ["| claim | verdict | chapter |", "|---|---|---|"]
+    for findings in ledger.values():
+        for found in findings:
+            link = f"[{found['chapter'][:2]}](notebooks/{found['chapter']}.ipynb)"
+            rows.append(f"| {found['text']} | {found['verdict']} | {link} |")
+    return "\n".join(rows)
+
+
 def fill(text: str, **parts: Callable[[], str]) -> str:
     """The README with generated parts made anew, each between its two comments."""
     for name, make in parts.items():
@@ -86,5 +101,7 @@ def fill(text: str, **parts: Callable[[], str]) -> str:
 if __name__ == "__main__":
     print(f"wrote {write()}")
     text = README.read_text(encoding="utf-8")
-    README.write_text(fill(text, message=message, counts=counts), encoding="utf-8")
+    README.write_text(
+        fill(text, message=message, counts=counts, verdicts=verdicts), encoding="utf-8"
+    )
     print(f"wrote {README}")
