@@ -1,5 +1,6 @@
 """Answers that a chapter's catalogue does not hold, read from `answers/<chapter>.txt`."""
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ class Entry:
     mistake: str | None
 
 
+@functools.cache  # the same functions each time, so that a verdict can be kept
 def read(chapter: str) -> dict[str, list[Entry]]:
     """{exercise: answers}"""
     path = Path(__file__).parent / "answers" / f"{chapter}.txt"

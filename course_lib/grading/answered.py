@@ -79,7 +79,7 @@ def _expected_gradients(exercise: Exercise) -> list[tuple[Case, dict[str, Tensor
 
 
 def _largest(case: Case) -> float:
-    numbers = [v.abs().max().item() for v in case.values() if _is_float(v)]
+    numbers = [v.abs().max().item() for v in case.values() if _is_float(v) and v.numel()]
     return max(numbers, default=0.0)
 
 

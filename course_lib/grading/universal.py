@@ -229,7 +229,13 @@ def _in_place(exercise: Exercise) -> Function:
 def _hard_coded(exercise: Exercise) -> Function:
     """Works for one size only, as `view(2, 3)` does."""
     shape = _first(exercise.reference(**exercise.cases_for()[0])).shape
-    return _then(lambda value, *args: value.reshape(shape))(exercise)
+
+    def spoiled(*args: Any, **options: Any) -> Any:
+        value = exercise.reference(*args, **options)
+        first = _first(value).reshape(shape)
+        return (first, *value[1:]) if isinstance(value, tuple) else first
+
+    return spoiled
 
 
 def _rolled(exercise: Exercise) -> Function | None:
@@ -245,6 +251,16 @@ def _if_differentiable(make: Callable[[Exercise], Function]) -> Callable[[Exerci
     def make_or_not(exercise: Exercise) -> Function | None:
         found = gradients(exercise, exercise.reference, exercise.cases_for()[0])
         return make(exercise) if found.value else None
+
+    return make_or_not
+
+
+def _if_shaped(make: Callable[[Exercise], Function]) -> Callable[[Exercise], Any]:
+    """A mistake with the shape: none where the result is a single number, as a loss is."""
+
+    def make_or_not(exercise: Exercise) -> Function | None:
+        result = _first(exercise.reference(**exercise.cases_for()[0]))
+        return make(exercise) if result.ndim else None
 
     return make_or_not
 
@@ -275,7 +291,7 @@ UNIVERSAL = [
         "another result each time",
         "Called again with the same inputs, your function gives something else.",
         "Is there something random (dropout, rand), or something kept from one call to the next?",
-        _then(lambda value, *args: value * (1 + 0.1 * torch.rand(()))),
+        _then(lambda value, *args: value + 0.1 * torch.rand(())),
         _varies,
     ),
     Universal(
@@ -306,12 +322,12 @@ UNIVERSAL = [
     Universal(
         "dimensions of size 1 dropped or added", "The numbers are right, the shape is not.",
         "Is there a `squeeze`, an `unsqueeze` or a `keepdim` too many?",
-        _then(lambda value, *args: value.squeeze()), _is_squeezed, shown=True,
+        _if_shaped(_then(lambda value, *args: value.squeeze())), _is_squeezed, shown=True,
     ),
     Universal(
         "shape hard-coded", "It is right for other sizes.",
         "Is a length or width written as a number, or a dimension not counted from the end?",
-        _hard_coded, _is_hard_coded, shown=True,
+        _if_shaped(_hard_coded), _is_hard_coded, shown=True,
     ),
     Universal(
         "batch mixed up", "The result of one batch element depends on another one.",
