@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers see
-    from . import layers, masks, models
+    from . import layers, leaks, masks, models
     from .ops.attention import BackendUnsupportedError, attention, explain_backends
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "explain_backends",
     "layers",
+    "leaks",
     "masks",
     "models",
 ]

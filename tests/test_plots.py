@@ -234,7 +234,54 @@ def test_the_explorer_refuses_a_wrong_number_of_labels(weights):
         plots.AttentionExplorer(weights, ["a", "b"])
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2, 4, 4)])
+def layers_of(weights):
+    """Two layers with two heads each: (layers, heads, n_q, n_k), no two alike."""
+    heads = torch.stack([weights, weights.flip(-1)])
+    return torch.stack([heads, heads.flip(-2)])
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.clone, list, lambda w: [x[None] for x in w]])
+def test_turning_the_layer_shows_the_weights_of_that_layer(weights, form):
+    stacked = layers_of(weights)
+    explorer = plots.AttentionExplorer(form(stacked), WORDS)
+    before = explorer.picture()
+    explorer.layer.value, explorer.head.value, explorer.query.value = 1, 1, 2
+    assert explorer.row == pytest.approx(stacked[1, 1, 2].double().numpy())
+    assert explorer.picture() != before
+
+
+def test_one_layer_needs_no_control_for_layers(weights):
+    assert plots.AttentionExplorer(layers_of(weights)[:1]).layer.layout.display == "none"
+    assert plots.AttentionExplorer([layers_of(weights)[0]]).layer.layout.display == "none"
+    assert plots.AttentionExplorer(layers_of(weights)).layer.layout.display != "none"
+
+
+def test_layers_may_differ_in_their_heads(weights):
+    stacked = layers_of(weights)
+    explorer = plots.AttentionExplorer([stacked[0], stacked[1, :1]], WORDS)
+    explorer.head.value = 1
+    explorer.layer.value = 1
+    assert [value for _, value in explorer.head.options] == [0]
+    assert explorer.row == pytest.approx(stacked[1, 0, 0].double().numpy())
+    explorer.layer.value = 0
+    assert [value for _, value in explorer.head.options] == [0, 1]
+
+
+def test_layers_of_different_size_are_refused(weights):
+    with pytest.raises(ValueError, match=r"layers must agree in \(n_q, n_k\).*\(4, 4\), \(3, 3\)"):
+        plots.AttentionExplorer([weights[None], torch.eye(3)[None]])
+
+
+def test_other_weights_keep_the_layer_where_it_was(weights):
+    explorer = plots.AttentionExplorer(layers_of(weights), WORDS)
+    explorer.layer.value = explorer.head.value = 1
+    explorer.update(layers_of(weights).flip(-1), WORDS)
+    assert (explorer.layer.value, explorer.head.value) == (1, 1)
+    explorer.update(weights, WORDS)
+    assert (explorer.layer.value, explorer.head.value) == (0, 0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 2, 4, 4)])
 def test_the_explorer_refuses_weights_of_another_rank(shape):
     with pytest.raises(ValueError, match="weights: expected shape"):
         plots.AttentionExplorer(torch.zeros(shape))
@@ -285,6 +332,18 @@ def test_typing_redraws_the_picture():
     assert live.error is None
     assert live.picture() != before
     assert live.explorer.row == pytest.approx([1 / 3] * 3)
+
+
+def test_typing_keeps_layer_and_head():
+    def look(text):
+        words, weights = uniform(text)
+        return words, [weights[None].expand(3, -1, -1), weights[None].expand(2, -1, -1)]
+
+    live = plots.LiveAttention(look, "a cat")
+    live.explorer.layer.value = live.explorer.head.value = 1
+    live.text.value = "a cat sat"
+    assert live.error is None
+    assert (live.explorer.layer.value, live.explorer.head.value) == (1, 1)
 
 
 @pytest.mark.parametrize("text", ["", "   "])

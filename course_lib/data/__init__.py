@@ -4,8 +4,12 @@ text = python_docs()                          # English prose, ships with Python
 tokenizer = CharTokenizer(text)
 train, validation = split(tokenizer.encode(text))
 batches = random_batches(train, length=64, batch_size=32, steps=100, generator=g)
+
+pairs = date_pairs(20_000, generator=g)           # ("19 janvier 2004", "2004-01-19"), …
+train, validation = split_dates(pairs, generator=g)
 """
 
+from course_lib.data.dates import date_pairs, split_dates
 from course_lib.data.text import (
     CharTokenizer,
     consecutive_batches,
@@ -14,4 +18,12 @@ from course_lib.data.text import (
     split,
 )
 
-__all__ = ["CharTokenizer", "consecutive_batches", "python_docs", "random_batches", "split"]
+__all__ = [
+    "CharTokenizer",
+    "consecutive_batches",
+    "date_pairs",
+    "python_docs",
+    "random_batches",
+    "split",
+    "split_dates",
+]

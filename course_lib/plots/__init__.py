@@ -4,10 +4,13 @@ Importing this package needs neither matplotlib nor ipywidgets; calling what dra
 one line which extra brings them where they are missing.
 """
 
+from course_lib.plots.alignment import LiveAlignment
 from course_lib.plots.chapters import CHAPTERS, Chapter
 from course_lib.plots.course_map import course_map
 from course_lib.plots.curves import loss_curves
 from course_lib.plots.heatmap import attention_heatmap
+from course_lib.plots.mask_painter import MaskPainter, draw_mask
+from course_lib.plots.positions import PositionExplorer
 from course_lib.plots.style import COLORS, use_style
 from course_lib.plots.widgets import AttentionExplorer, LiveAttention
 
@@ -16,9 +19,13 @@ __all__ = [
     "COLORS",
     "AttentionExplorer",
     "Chapter",
+    "LiveAlignment",
     "LiveAttention",
+    "MaskPainter",
+    "PositionExplorer",
     "attention_heatmap",
     "course_map",
+    "draw_mask",
     "loss_curves",
     "use_style",
 ]

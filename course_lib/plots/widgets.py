@@ -21,18 +21,22 @@ class AttentionExplorer(Panel):
     """Pick a query and see which keys it looks at, as shaded words and as a row of the heat map.
 
     Args:
-        weights: (n_q, n_k) or (heads, n_q, n_k); leading axes of length 1 are dropped.
+        weights: (n_q, n_k), (heads, n_q, n_k) or (layers, heads, n_q, n_k); leading axes of length
+            1 are dropped. Or a list with (heads, n_q, n_k) for each layer, which may differ in
+            their heads: what `layers.Stack` returns for one sequence.
         query_labels: n_q words; numbers if None.
         key_labels: n_k words; if None, the query labels where n_q = n_k.
         mask: (n_q, n_k) of bool or a `masks.Mask`, True = may attend.
         title: one line above the heat map.
 
     Attributes:
-        query, head: the controls; set `.value` (a number from 0) to turn them from code.
+        query, layer, head: the controls; set `.value` (a number from 0) to turn them from code.
+            Layer and head are on show where there are several.
         row: weights of the chosen query on all keys, shape (n_k,).
 
     Raises:
-        ValueError: the number of labels does not fit `weights`, or `weights` has another rank.
+        ValueError: the number of labels does not fit `weights`, `weights` has another rank, or its
+            layers differ in their queries or keys.
 
     In a notebook: `AttentionExplorer(weights, words).show()`.
     """
@@ -49,13 +53,16 @@ class AttentionExplorer(Panel):
         w = need("ipywidgets")
         self.title = title
         self.query = w.SelectionSlider(options=[("", 0)], description="query", layout=_SLIDER)
+        self.layer = w.Dropdown(options=[0], description="layer", layout=_NARROW)
         self.head = w.Dropdown(options=[0], description="head", layout=_NARROW)
         self._strip, self._image = w.HTML(), w.Image(format="png")
-        self.widget = w.VBox([w.HBox([self.query, self.head]), self._strip, self._image])
+        controls = [self.query, self.layer, self.head]
+        row = w.HBox(controls, layout={"flex_flow": "row wrap"})
+        self.widget = w.VBox([row, self._strip, self._image])
         self.widget.add_class("attention-explorer")  # a name by which a page can find it
         self.update(weights, query_labels, key_labels, mask=mask)
-        for control in (self.query, self.head):
-            control.observe(lambda _: self._updating or self._draw(), names="value")
+        for control in controls:
+            control.observe(lambda _: self._updating or self._turned(), names="value")
 
     def update(
         self,
@@ -65,37 +72,41 @@ class AttentionExplorer(Panel):
         *,
         mask: Any = None,
     ) -> None:
-        """Show other weights, of any size; the query stays where it was if there still is one."""
-        table = as_weights(weights, rank=3 if np.ndim(weights) > 2 else 2)
-        table = table.reshape(-1, *table.shape[-2:])  # (n_q, n_k) -> (1, n_q, n_k): one head
-        heads, n_q, n_k = table.shape
+        """Show other weights, of any size; the controls stay where they were if they still can."""
+        tables = _by_layer(weights)
+        _, n_q, n_k = tables[0].shape
         rows, columns = label_pair(query_labels, key_labels, n_q, n_k)
-        self._table, self._rows, self._columns, self._mask = table, rows, columns, mask
+        self._tables, self._rows, self._columns, self._mask = tables, rows, columns, mask
         self._updating = True  # new options turn the controls: draw once, when all is in place
         _offer(self.query, [(f"{i} · {label}", i) for i, label in enumerate(rows)])
-        _offer(self.head, [(str(i), i) for i in range(heads)])
-        self.head.layout.display = None if heads > 1 else "none"
-        self._updating = False
-        self._draw()
+        _offer(self.layer, _numbered(len(tables)), hide_one=True)
+        self._turned()
 
     @property
     def row(self) -> np.ndarray:
         """Weights of the chosen query on all keys, shape (n_k,)."""
-        return self._table[self.head.value, self.query.value]
+        return self._tables[self.layer.value][self.head.value, self.query.value]
 
     def picture(self) -> bytes:
         """The heat map with the chosen row framed, as PNG."""
         return self._png
 
+    def _turned(self) -> None:
+        """A control was turned: offer the heads of the chosen layer, and draw."""
+        self._updating = True
+        _offer(self.head, _numbered(len(self._tables[self.layer.value])), hide_one=True)
+        self._updating = False
+        self._draw()
+
     def _draw(self) -> None:
-        """Paint strip and heat map for the chosen query and head."""
+        """Paint strip and heat map for the chosen query, layer and head."""
         self._strip.value = _strip(self._rows[self.query.value], self._columns, self.row)
         with need("matplotlib").rc_context(rc_params()):
             # a Figure of our own: pyplot would keep it and show it a second time
             size = figure_size(self._rows, self._columns)
             figure = need("matplotlib.figure").Figure(figsize=size)
             attention_heatmap(
-                self._table[self.head.value],
+                self._tables[self.layer.value][self.head.value],
                 self._rows,
                 self._columns,
                 ax=figure.subplots(),
@@ -108,11 +119,31 @@ class AttentionExplorer(Panel):
         self._image.value = self._png
 
 
-def _offer(control: Any, options: list[tuple[str, int]]) -> None:
+def _by_layer(weights: Any) -> list[np.ndarray]:
+    """Weights in any form that `AttentionExplorer` takes, as one (heads, n_q, n_k) a layer."""
+    listed = isinstance(weights, list | tuple) and len(weights) > 0
+    if np.ndim(weights[0]) > 2 if listed else np.ndim(weights) > 3 and len(weights) > 1:
+        tables = [as_weights(layer, rank=3) for layer in weights]
+    else:
+        table = as_weights(weights, rank=3 if np.ndim(weights) > 2 else 2)
+        tables = [table.reshape(-1, *table.shape[-2:])]  # (n_q, n_k) -> (1, n_q, n_k): one head
+    sizes = [table.shape[1:] for table in tables]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"weights: layers must agree in (n_q, n_k), got {sizes}")
+    return tables
+
+
+def _numbered(count: int) -> list[tuple[str, int]]:
+    return [(str(i), i) for i in range(count)]
+
+
+def _offer(control: Any, options: list[tuple[str, int]], hide_one: bool = False) -> None:
     """Give a control new options and keep its choice, or the nearest that there is."""
     keep = min(control.value, len(options) - 1)
     control.options = options
     control.value = keep
+    if hide_one:
+        control.layout.display = None if len(options) > 1 else "none"
 
 
 def _strip(query: str, keys: list[str], row: np.ndarray) -> str:
@@ -153,9 +184,10 @@ class LiveAttention(Panel):
     """A line to type in, and the attention of what stands there, redrawn at every letter.
 
     Args:
-        fn: text -> (labels, weights) with weights (n, n) or (heads, n, n), or
-            (labels, weights, mask). It may raise: the message is shown in place of the picture. A
-            ValueError is taken as a word to the reader, anything else is shown with its type.
+        fn: text -> (labels, weights) or (labels, weights, mask); the weights in any form that
+            `AttentionExplorer` takes, for n queries and n keys. It may raise: the message is shown
+            in place of the picture. A ValueError is taken as a word to the reader, anything else
+            is shown with its type.
         text: what stands there at first.
         title: one line above the heat map.
 

@@ -23,6 +23,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+# nbval runs every chapter; here the first, the one that is walked through, and the newest must do.
+WALKED = sorted({NOTEBOOKS[0], "02_attention.ipynb", NOTEBOOKS[-1]})
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = [
@@ -44,6 +46,25 @@ pytestmark = [
 ]
 
 
+# The widgets of all chapters on one page, on numbers that cost nothing.
+WIDGET_PAGE = "widgets.ipynb"
+WIDGETS = {
+    "imports": "import torch\n\nfrom course_lib import plots\n\nplots.use_style()",
+    "mask-painter": """
+plots.MaskPainter(lambda mask: mask / mask.sum(1, keepdim=True).clamp(min=1), list("abcdef")).show()
+""",
+    "position-explorer": "plots.PositionExplorer().show()",
+    "live-alignment": """
+plots.LiveAlignment(
+    lambda text: (list(text[::-1]), list(text), torch.eye(len(text)).flip(0)), "word"
+).show()
+""",
+    "layers-and-heads": """
+weights = torch.rand(3, 2, 4, 4).softmax(-1)
+plots.AttentionExplorer(weights, list("abcd")).show()
+""",
+}
+
 # -- the machinery: a server on a copy, a page that knows JupyterLab -----------------------------
 
 
@@ -58,6 +79,8 @@ def copy_course(to):
                 if cell.cell_type == "code":
                     cell.outputs, cell.execution_count = [], None
             nbformat.write(notebook, path)
+    cells = [nbformat.v4.new_code_cell(source, id=id) for id, source in WIDGETS.items()]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), to / "notebooks" / WIDGET_PAGE)
 
 
 def free_port():
@@ -307,7 +330,7 @@ def in_one_worker(names):
     return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
 
 
-@pytest.mark.parametrize("name", in_one_worker(NOTEBOOKS))
+@pytest.mark.parametrize("name", in_one_worker(WALKED))
 def test_every_cell_of_a_notebook_runs_in_the_browser(visit, name):
     lab = visit(f"notebooks/{name}").run_all()
     lab.picture("all")
@@ -363,6 +386,63 @@ def test_moving_the_slider_shows_the_weights_of_another_query(visit, name):
     wait_for(lambda: strip.inner_text() != words, 30, lambda: "the shaded words did not change")
     wait_for(lambda: picture.get_attribute("src") != source, 30, lambda: "the map did not change")
     lab.picture("slider-after")
+
+
+@pytest.fixture
+def widget(visit):
+    """A widget of the page, by the id of its cell; and a wait for its picture to change."""
+    lab = visit(f"notebooks/{WIDGET_PAGE}").run_all()
+
+    def find(cell_id):
+        box = lab.cell(cell_id).locator(".jp-OutputArea-output").last
+        box.scroll_into_view_if_needed()
+        picture = box.locator("img.widget-image").last
+        before = picture.get_attribute("src")
+        assert before
+        lab.picture(f"{cell_id}-before")
+
+        def changed():
+            what = f"the picture of {cell_id} did not change"
+            wait_for(lambda: picture.get_attribute("src") != before, 30, lambda: what)
+            lab.picture(f"{cell_id}-after")
+
+        return box, changed
+
+    return find
+
+
+@pytest.mark.xdist_group("widgets")
+def test_a_cell_of_the_mask_that_is_clicked_changes_the_weights(widget):
+    box, changed = widget("mask-painter")
+    box.locator(".widget-toggle-button").nth(1).click()  # "a" may now look at "b"
+    changed()
+    assert box.locator("select").input_value() == "painted by hand"
+    box.locator("select").select_option("sliding window")
+    wait_for(lambda: "mod-active" not in (box.locator(".widget-toggle-button").nth(3)
+             .get_attribute("class") or ""), 30, lambda: "the preset was not painted")  # fmt: skip
+
+
+@pytest.mark.xdist_group("widgets")
+@pytest.mark.parametrize("cell_id", ["position-explorer"])
+def test_a_slider_that_is_moved_changes_the_picture(widget, cell_id):
+    box, changed = widget(cell_id)
+    box.locator(".noUi-handle").last.focus()
+    box.page.keyboard.press("ArrowRight")
+    changed()
+
+
+@pytest.mark.xdist_group("widgets")
+def test_a_word_that_is_typed_gets_its_own_alignment(widget):
+    box, changed = widget("live-alignment")
+    box.locator(".widget-text input").fill("another")
+    changed()
+
+
+@pytest.mark.xdist_group("widgets")
+def test_another_layer_shows_other_weights(widget):
+    box, changed = widget("layers-and-heads")
+    box.locator("select").first.select_option("2")
+    changed()
 
 
 WRONG = """def softmax(scores):

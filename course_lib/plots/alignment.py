@@ -1,0 +1,31 @@
+"""A live widget for two sequences: type one, and see how the other that comes out reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from course_lib.plots.widgets import AttentionExplorer, LiveAttention
+
+
+class LiveAlignment(LiveAttention):
+    """A line to type in, and the cross-attention of what comes out of it, redrawn at every letter.
+
+    Args:
+        fn: text -> (query_labels, key_labels, weights) with weights (n_q, n_k) or
+            (heads, n_q, n_k); the queries are what comes out, the keys what stands in the line. It
+            may raise: the message is shown in place of the picture, as in `LiveAttention`.
+        text: what stands there at first.
+        title: one line above the heat map.
+
+    Attributes: text, message, error and explorer, as in `LiveAttention`.
+    """
+
+    def _draw(self, labels: Sequence[str], weights: Any, mask: Any = None) -> None:
+        """Draw what `fn` answered: labels of the queries, labels of the keys, weights."""
+        query_labels, key_labels, weights = labels, weights, mask
+        if self.explorer is None:
+            self.explorer = AttentionExplorer(weights, query_labels, key_labels, title=self._title)
+            self._stage.children = (self.explorer.widget,)
+        else:
+            self.explorer.update(weights, query_labels, key_labels)
