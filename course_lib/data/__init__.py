@@ -6,6 +6,7 @@ train, validation = split(tokenizer.encode(text))
 batches = random_batches(train, length=64, batch_size=32, steps=100, generator=g)
 """
 
+from course_lib.data.shakespeare import shakespeare
 from course_lib.data.text import (
     CharTokenizer,
     consecutive_batches,
@@ -14,4 +15,11 @@ from course_lib.data.text import (
     split,
 )
 
-__all__ = ["CharTokenizer", "consecutive_batches", "python_docs", "random_batches", "split"]
+__all__ = [
+    "CharTokenizer",
+    "consecutive_batches",
+    "python_docs",
+    "random_batches",
+    "shakespeare",
+    "split",
+]
