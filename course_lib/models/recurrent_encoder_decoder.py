@@ -18,7 +18,7 @@ State = tuple[Tensor, Tensor]
 
 
 class StateCache:
-    """The decoder's state after the tokens so far: h and c (1, batch, hidden), and the last look."""
+    """The decoder's state so far: h and c (1, batch, hidden), and the last look (batch, hidden)."""
 
     def __init__(self) -> None:
         self.state: State | None = None
