@@ -14,7 +14,7 @@ from course_lib.checkout import CheckoutNotFoundError
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``course`` with all its subcommands."""
-    from course_lib import doctor, lab
+    from course_lib import doctor, fetch, lab
     from course_lib.grading import commands
 
     parser = argparse.ArgumentParser(
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     lab.add_parser(subparsers)
     doctor.add_parser(subparsers)
+    fetch.add_parser(subparsers)
     commands.add_parsers(subparsers)
     return parser
 

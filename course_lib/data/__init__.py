@@ -10,6 +10,7 @@ train, validation = split_dates(pairs, generator=g)
 """
 
 from course_lib.data.dates import date_pairs, split_dates
+from course_lib.data.shakespeare import shakespeare
 from course_lib.data.text import (
     CharTokenizer,
     consecutive_batches,
@@ -24,6 +25,7 @@ __all__ = [
     "date_pairs",
     "python_docs",
     "random_batches",
+    "shakespeare",
     "split",
     "split_dates",
 ]

@@ -17,7 +17,7 @@ from .relative_position import (
     ShawRelativePosition,
     TransformerXLPosition,
 )
-from .residual import Residual
+from .residual import Residual, make_norm
 from .stack import EncoderDecoderStack, Stack
 
 __all__ = [
@@ -39,4 +39,5 @@ __all__ = [
     "SinusoidalPositionalEncoding",
     "Stack",
     "TransformerXLPosition",
+    "make_norm",
 ]

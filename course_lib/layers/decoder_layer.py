@@ -33,6 +33,7 @@ class DecoderLayer(nn.Module):
         d_context: int | None = None,
         norm: str = "layer_norm",
         norm_eps: float = 1e-5,
+        norm_affine: bool = True,
         norm_first: bool = True,
         activation: str = "gelu",
         dropout: float = 0.0,
@@ -50,7 +51,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(
             d_model, d_ff, activation=activation, bias=bias, dropout=dropout
         )
-        new_norm = partial(make_norm, norm, d_model, eps=norm_eps, bias=bias)
+        new_norm = partial(make_norm, norm, d_model, eps=norm_eps, affine=norm_affine, bias=bias)
         residual = partial(Residual, norm_first=norm_first, dropout=dropout)
         self.self_attention_residual = residual(new_norm())
         self.cross_attention_residual = residual(new_norm())

@@ -23,7 +23,7 @@ class EncoderLayer(nn.Module):
     Args:
         d_model, num_heads, num_kv_heads, position, backend: as in `MultiHeadAttention`.
         d_ff, activation: as in `FeedForward`.
-        norm: "layer_norm" or "rms_norm"; norm_eps: its ε.
+        norm: "layer_norm" or "rms_norm"; norm_eps: its ε; norm_affine: whether it has weights.
         norm_first: pre-norm (True) or post-norm, as in the paper.
         dropout: of weights, of the hidden layer and of what each residual adds.
         bias: whether matrices and layer norms have biases.
@@ -41,6 +41,7 @@ class EncoderLayer(nn.Module):
         num_kv_heads: int | None = None,
         norm: str = "layer_norm",
         norm_eps: float = 1e-5,
+        norm_affine: bool = True,
         norm_first: bool = True,
         activation: str = "gelu",
         dropout: float = 0.0,
@@ -56,7 +57,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(
             d_model, d_ff, activation=activation, bias=bias, dropout=dropout
         )
-        new_norm = partial(make_norm, norm, d_model, eps=norm_eps, bias=bias)
+        new_norm = partial(make_norm, norm, d_model, eps=norm_eps, affine=norm_affine, bias=bias)
         residual = partial(Residual, norm_first=norm_first, dropout=dropout)
         self.attention_residual = residual(new_norm())
         self.feed_forward_residual = residual(new_norm())

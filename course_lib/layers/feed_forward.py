@@ -13,6 +13,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
 }
 GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
 
@@ -21,14 +22,14 @@ class FeedForward(nn.Module):
     """W₂ · activation(W₁ x + b₁) + b₂, or gated: W₂ · (activation(W₃ x + b₃) ⊙ (W₁ x + b₁)) + b₂.
 
     Sources: Vaswani et al. 2017, §3.3 (relu); Hendrycks & Gimpel 2016, "Gaussian Error Linear
-    Units", §2 (gelu, and its tanh approximation); Shazeer 2020, "GLU Variants Improve
-    Transformer", §2 (swiglu, geglu).
+    Units", §2 (gelu, and its tanh approximation); So et al. 2021, "Primer", §4 (relu2: its square);
+    Shazeer 2020, "GLU Variants Improve Transformer", §2 (swiglu, geglu).
 
     Args:
         d_model: width of the activations.
         d_ff: width between the matrices; 4·d_model unless given. A gated network has three
             matrices, so that d_ff = 8/3·d_model gives it as many parameters.
-        activation: "relu", "gelu", "gelu_tanh", "swiglu" or "geglu".
+        activation: "relu", "gelu", "gelu_tanh", "relu2" (squared), "swiglu" or "geglu".
         bias: whether the matrices have biases.
         dropout: of what stands between the matrices, in training mode only.
 

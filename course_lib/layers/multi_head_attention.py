@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..masks import Mask
@@ -37,6 +37,11 @@ class KVCache:
                 f"cache holds a batch of {self.key.shape[0]}, but x is a batch of {key.shape[0]}"
             )
         return torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+
+    def select(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep these elements of the batch, in this order: what beam search needs."""
+        if self.key is not None and self.value is not None:
+            self.key, self.value = self.key[rows], self.value[rows]
 
 
 class MultiHeadAttention(nn.Module):

@@ -43,10 +43,12 @@ class Residual(nn.Module):
         return f"norm_first={self.norm_first}"
 
 
-def make_norm(name: str, d_model: int, *, eps: float = 1e-5, bias: bool = True) -> nn.Module:
+def make_norm(
+    name: str, d_model: int, *, eps: float = 1e-5, affine: bool = True, bias: bool = True
+) -> nn.Module:
     """The norm of this name, "layer_norm" or "rms_norm"; bias concerns the first only."""
     if name == "layer_norm":
-        return LayerNorm(d_model, eps=eps, bias=bias)
+        return LayerNorm(d_model, eps=eps, affine=affine, bias=bias)
     if name == "rms_norm":
-        return RMSNorm(d_model, eps=eps)
+        return RMSNorm(d_model, eps=eps, affine=affine)
     raise ValueError(f"norm must be one of layer_norm, rms_norm; got {name!r}")

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .tokens import check_tokens
+
 
 class LSTMLanguageModel(nn.Module):
     """Next-token model: embedding, LSTM, linear head.
@@ -55,7 +57,7 @@ class LSTMLanguageModel(nn.Module):
             TypeError: `tokens` are not int32 or int64.
             ValueError: `tokens` is not (batch, length), or a token is outside the vocabulary.
         """
-        _check_tokens(tokens, self.vocab_size)
+        check_tokens(tokens, self.vocab_size)
         x = self.embedding(tokens)  # (batch, length) -> (batch, length, d_model)
         states, _ = self.lstm(x)  # (batch, length, hidden): one state per position, from a zero one
         return self.head(states)  # (batch, length, vocab)
@@ -88,18 +90,3 @@ def _check_sizes(
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     if dropout and num_layers == 1:
         raise ValueError(f"dropout={dropout} acts between layers and needs num_layers of 2 or more")
-
-
-def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(
-            f"tokens must be (batch, length), not empty, got shape {tuple(tokens.shape)}"
-        )
-    if tokens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"tokens must be int32 or int64, got {tokens.dtype}")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"tokens has the value {low if low < 0 else high}; with vocab_size={vocab_size} "
-            f"expected 0 … {vocab_size - 1}"
-        )
