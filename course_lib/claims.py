@@ -47,7 +47,14 @@ CLAIMS: Mapping[str, Claim] = {
     "C13": Claim("LayerNorm: mean 0, variance 1 for each token; steadier; place matters", (5,)),
     "C14": Claim("The −inf triangle hides the future exactly; all positions train at once", (6,)),
     "C15": Claim("Cross-attention: queries from the decoder, keys, values from the encoder", (7,)),
-    "C37": Claim("A block's output has its input's shape, so blocks stack", (5,)),
+    "C16": Claim("Logits = output · W_out; the likeliest token is the prediction", (9,)),
+    "C27": Claim("An encoder-decoder is not essential: a prompted decoder translates too", (10,)),
+    "C28": Claim("Encoder and decoder are the same code but for the mask", (8, 9)),
+    "C29": Claim("The decoder does m times the work: it reads its own output back", (9,)),
+    "C30": Claim("An encoder cannot write a text in one pass: only factorising can", (10,)),
+    "C36": Claim("Bidirectional context resolves what left-to-right context cannot", (8,)),
+    "C37": Claim("A block's output has its input's shape, so blocks stack", (5, 8)),
+    "C38": Claim("Teacher forcing speeds training and costs exposure bias", (10,)),
 }  # fmt: skip
 """The claims of the chapters that exist, by id."""
 

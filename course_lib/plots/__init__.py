@@ -9,6 +9,7 @@ from course_lib.plots.chapters import CHAPTERS, Chapter
 from course_lib.plots.course_map import course_map
 from course_lib.plots.curves import loss_curves
 from course_lib.plots.heatmap import attention_heatmap
+from course_lib.plots.live_loss import LiveLoss
 from course_lib.plots.mask_painter import MaskPainter, draw_mask
 from course_lib.plots.positions import PositionExplorer
 from course_lib.plots.style import COLORS, use_style
@@ -21,6 +22,7 @@ __all__ = [
     "Chapter",
     "LiveAlignment",
     "LiveAttention",
+    "LiveLoss",
     "MaskPainter",
     "PositionExplorer",
     "attention_heatmap",
