@@ -93,8 +93,7 @@ def cross_attention(
     if mask is not None:
         weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)  # 0 / 0 -> 0
     heads = weights @ value  # (…, n_q, n_k) x (…, n_k, d_k) -> (batch, heads, n_q, d_k)
-    # (batch, heads, n_q, d_k) -> (batch, n_q, heads, d_k) -> (batch, n_q, d_model)
-    return heads.transpose(1, 2).flatten(2) @ w_o
+    return heads.transpose(1, 2).flatten(2) @ w_o  # -> (batch, n_q, heads, d_k) -> d_model
     ### END SOLUTION
 
 
