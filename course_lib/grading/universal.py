@@ -17,6 +17,7 @@ from torch import Tensor
 from .answered import Answered, cast, lost_gradient
 from .exercise import Case, Exercise, Function
 from .observe import Observation, gradients, observe, same
+from .show import shapes
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,15 @@ def _is_squeezed(answer: Answered) -> bool:
 
 
 def _is_hard_coded(answer: Answered) -> bool:
-    """Right for some sizes; for others, given the same arguments, an error or a wrong shape."""
+    """Right for some sizes; for others, given the same arguments, an error or a wrong shape.
+
+    Where it is right and wrong for the same sizes, the values are to blame.
+    """
     wrong, given = answer.wrong, [frozenset(case) for case in answer.cases]
-    right = {given[i] for i, right in enumerate(answer.right) if right}
-    return any(given[i] in right for i in wrong) and all(
+    right = [i for i, right in enumerate(answer.right) if right]
+    if {shapes(answer.cases[i]) for i in right} & {shapes(answer.cases[i]) for i in wrong}:
+        return False
+    return any(given[i] in {given[j] for j in right} for i in wrong) and all(
         _fails_by_shape(answer.got[i], answer.want[i]) for i in wrong
     )
 
@@ -256,11 +262,13 @@ def _if_differentiable(make: Callable[[Exercise], Function]) -> Callable[[Exerci
 
 
 def _if_shaped(make: Callable[[Exercise], Function]) -> Callable[[Exercise], Any]:
-    """A mistake with the shape: none where the result is a single number, as a loss is."""
+    """A mistake with the shape: none where inputs of any size give one shape, as a loss does."""
 
     def make_or_not(exercise: Exercise) -> Function | None:
-        result = _first(exercise.reference(**exercise.cases_for()[0]))
-        return make(exercise) if result.ndim else None
+        cases = exercise.cases_for()
+        given = {next(iter(case.values())).shape for case in cases}
+        results = {_first(exercise.reference(**case)).shape for case in cases}
+        return make(exercise) if len(results) > 1 or len(given) == 1 else None
 
     return make_or_not
 

@@ -8,9 +8,12 @@ from course_lib.plots.alignment import LiveAlignment
 from course_lib.plots.chapters import CHAPTERS, Chapter
 from course_lib.plots.course_map import course_map
 from course_lib.plots.curves import loss_curves
+from course_lib.plots.depth import DepthExplorer
+from course_lib.plots.fill_in import FillIn
 from course_lib.plots.heatmap import attention_heatmap
 from course_lib.plots.live_loss import LiveLoss
 from course_lib.plots.mask_painter import MaskPainter, draw_mask
+from course_lib.plots.next_token import NextToken, draw_shares
 from course_lib.plots.positions import PositionExplorer
 from course_lib.plots.style import COLORS, use_style
 from course_lib.plots.widgets import AttentionExplorer, LiveAttention
@@ -20,14 +23,18 @@ __all__ = [
     "COLORS",
     "AttentionExplorer",
     "Chapter",
+    "DepthExplorer",
+    "FillIn",
     "LiveAlignment",
     "LiveAttention",
     "LiveLoss",
     "MaskPainter",
+    "NextToken",
     "PositionExplorer",
     "attention_heatmap",
     "course_map",
     "draw_mask",
+    "draw_shares",
     "loss_curves",
     "use_style",
 ]
