@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 import nbformat
 import pytest
 
+from course_lib.render import KERNELSPEC
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 # nbval runs every chapter; here the first, the one that is walked through, and the newest must do.
@@ -49,11 +51,27 @@ pytestmark = [
 # The widgets of all chapters on one page, on numbers that cost nothing.
 WIDGET_PAGE = "widgets.ipynb"
 WIDGETS = {
-    "imports": "import torch\n\nfrom course_lib import plots\n\nplots.use_style()",
+    "imports": "import torch\n\nfrom course_lib import data, models, plots\n\nplots.use_style()",
     "mask-painter": """
 plots.MaskPainter(lambda mask: mask / mask.sum(1, keepdim=True).clamp(min=1), list("abcdef")).show()
 """,
     "position-explorer": "plots.PositionExplorer().show()",
+    "depth-explorer": """
+plots.DepthExplorer(lambda depth, residual, norm: {"size": [1 + residual] * (depth + 1)}).show()
+""",
+    "next-token": """
+tokenizer = data.CharTokenizer("abcd")
+config = models.TransformerConfig(vocab_size=4, d_model=8, num_layers=1, num_heads=2)
+plots.NextToken(models.Decoder(config), tokenizer, "abc").show()
+""",
+    "fill-in": """
+def guess(text):
+    words = text.split()
+    return words, 0, {"a": 0.7, "b": 0.3}, [1 / len(words)] * len(words)
+
+
+plots.FillIn(guess, "one two").show()
+""",
     "live-alignment": """
 plots.LiveAlignment(
     lambda text: (list(text[::-1]), list(text), torch.eye(len(text)).flip(0)), "word"
@@ -80,7 +98,9 @@ def copy_course(to):
                     cell.outputs, cell.execution_count = [], None
             nbformat.write(notebook, path)
     cells = [nbformat.v4.new_code_cell(source, id=id) for id, source in WIDGETS.items()]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), to / "notebooks" / WIDGET_PAGE)
+    metadata = {"kernelspec": KERNELSPEC}  # else JupyterLab asks which kernel to use
+    page = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+    nbformat.write(page, to / "notebooks" / WIDGET_PAGE)
 
 
 def free_port():
@@ -423,18 +443,21 @@ def test_a_cell_of_the_mask_that_is_clicked_changes_the_weights(widget):
 
 
 @pytest.mark.xdist_group("widgets")
-@pytest.mark.parametrize("cell_id", ["position-explorer"])
+@pytest.mark.parametrize("cell_id", ["position-explorer", "depth-explorer", "next-token"])
 def test_a_slider_that_is_moved_changes_the_picture(widget, cell_id):
     box, changed = widget(cell_id)
-    box.locator(".noUi-handle").last.focus()
-    box.page.keyboard.press("ArrowRight")
+    handle = box.locator(".noUi-handle").first
+    handle.focus()
+    at_the_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+    box.page.keyboard.press("ArrowLeft" if at_the_end else "ArrowRight")
     changed()
 
 
 @pytest.mark.xdist_group("widgets")
-def test_a_word_that_is_typed_gets_its_own_alignment(widget):
-    box, changed = widget("live-alignment")
-    box.locator(".widget-text input").fill("another")
+@pytest.mark.parametrize("cell_id", ["live-alignment", "fill-in"])
+def test_what_is_typed_gets_its_own_picture(widget, cell_id):
+    box, changed = widget(cell_id)
+    box.locator(".widget-text input").fill("another one here")
     changed()
 
 
