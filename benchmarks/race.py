@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(THREADS)
     track = course()
     chosen = [r for r in RUNNERS if not options.only or r.name in options.only]
-    run(replace(chosen[0], steps=3), track, 0)  # the first steps of a process are slow
+    run(replace(chosen[0], steps=3, loop=LINEAR), track, 0)  # the first steps are slow
     runs: dict[str, list[dict[str, float]]] = {runner.name: [] for runner in chosen}
     for seed in range(options.seeds):
         for runner in chosen:

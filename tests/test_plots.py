@@ -250,6 +250,22 @@ def test_turning_the_layer_shows_the_weights_of_that_layer(weights, form):
     assert explorer.picture() != before
 
 
+@pytest.mark.parametrize(("title", "said"), [(None, ""), ("the cat", "the cat: ")])
+def test_the_picture_says_which_layer_and_head_it_shows(weights, title, said, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "course_lib.plots.widgets.attention_heatmap", lambda *_, **given: drawn.append(given)
+    )
+    explorer = plots.AttentionExplorer(layers_of(weights), WORDS, title=title)
+    explorer.layer.value = 1
+    assert [given["title"] for given in drawn] == [
+        f"{said}layer 0, head 0",
+        f"{said}layer 1, head 0",
+    ]
+    plots.AttentionExplorer(weights, WORDS, title=title)
+    assert drawn[-1]["title"] == title
+
+
 def test_one_layer_needs_no_control_for_layers(weights):
     assert plots.AttentionExplorer(layers_of(weights)[:1]).layer.layout.display == "none"
     assert plots.AttentionExplorer([layers_of(weights)[0]]).layer.layout.display == "none"

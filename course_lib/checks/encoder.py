@@ -1384,9 +1384,8 @@ def encoder_block(
 ) -> Tensor:
     """Pre-norm block that reads in both directions (Vaswani et al. 2017, §3; Xiong et al. 2020).
 
-    x: (batch, n, d_model), w_q and w_k: (d_model, d_k), w_v: (d_model, d_v), w_o: (d_v, d_model),
-    w_up: (d_model, d_ff), w_down: (d_ff, d_model); padding: bool (batch, n), True = real.
-    Returns (batch, n, d_model).
+    x: (batch, n, d_model) -> the same shape; w_q and w_k: (d_model, d_k), w_v: (d_model, d_v), w_o:
+    (d_v, d_model), w_up: (d_model, d_ff), w_down: (d_ff, d_model); padding: bool (batch, n).
     """
 
     ### BEGIN SOLUTION
@@ -1396,8 +1395,7 @@ def encoder_block(
 
     z = norm(x)
     query, key, value = z @ w_q, z @ w_k, z @ w_v  # (batch, n, d_k), d_k and d_v
-    # (batch, n, d_k) x (batch, d_k, n) -> (batch, n_q, n_k)
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (batch, n_q, n_k)
     if padding is not None:
         scores = scores.masked_fill(~padding[:, None, :], -math.inf)  # the same keys for all
     weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # no real token: 0 / 0 -> 0

@@ -32,9 +32,11 @@ CHAPTERS = (
     ),
     Chapter(6, "masking", "Masking", "padding, causality, and how leaks are found", True),
     Chapter(7, "cross_attention", "Cross-attention", "one sequence reads another", True),
-    Chapter(8, "encoder", "The encoder", "masked words, classification"),
-    Chapter(9, "decoder", "The decoder", "next-token training, generation, the KV cache"),
-    Chapter(10, "encoder_decoder", "Encoder and decoder together", "translation, beam search"),
+    Chapter(8, "encoder", "The encoder", "masked words, classification", True),
+    Chapter(9, "decoder", "The decoder", "next-token training, generation, the KV cache", True),
+    Chapter(
+        10, "encoder_decoder", "Encoder and decoder together", "translation, beam search", True
+    ),
     Chapter(11, "sparse_attention", "Sparse attention", "Longformer and BigBird for long texts"),
     Chapter(
         12, "linear_attention", "Linear attention", "Performer, Linformer, attention as an RNN"

@@ -91,6 +91,13 @@ class AttentionExplorer(Panel):
         """The heat map with the chosen row framed, as PNG."""
         return self._png
 
+    def _heading(self) -> str | None:
+        """The title; with several layers also which one, so that a stored picture says it."""
+        if len(self._tables) == 1:
+            return self.title
+        where = f"layer {self.layer.value}, head {self.head.value}"
+        return where if self.title is None else f"{self.title}: {where}"
+
     def _turned(self) -> None:
         """A control was turned: offer the heads of the chosen layer, and draw."""
         self._updating = True
@@ -110,7 +117,7 @@ class AttentionExplorer(Panel):
                 self._rows,
                 self._columns,
                 ax=figure.subplots(),
-                title=self.title,
+                title=self._heading(),
                 mask=self._mask,
                 highlight=self.query.value,
             )
