@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from course_lib.plots.widgets import AttentionExplorer, LiveAttention
+from course_lib.plots.widgets import LiveAttention
 
 
 class LiveAlignment(LiveAttention):
@@ -21,11 +20,6 @@ class LiveAlignment(LiveAttention):
     Attributes: text, message, error and explorer, as in `LiveAttention`.
     """
 
-    def _draw(self, labels: Sequence[str], weights: Any, mask: Any = None) -> None:
-        """Draw what `fn` answered: labels of the queries, labels of the keys, weights."""
-        query_labels, key_labels, weights = labels, weights, mask
-        if self.explorer is None:
-            self.explorer = AttentionExplorer(weights, query_labels, key_labels, title=self._title)
-            self._stage.children = (self.explorer.widget,)
-        else:
-            self.explorer.update(weights, query_labels, key_labels)
+    def _draw(self, answer: tuple[Any, ...]) -> None:
+        query_labels, key_labels, weights = answer
+        self._explore(weights, query_labels, key_labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,9 @@ class FillIn(LiveAttention):
         self.guesses, self.looks = {}, np.zeros(0)
         super()._redraw()
 
-    def _draw(
-        self,
-        labels: Sequence[str],
-        weights: Any,
-        mask: Any = None,
-        looks: Any = None,
-    ) -> None:
-        """Draw what `fn` answered: words, place of the gap, guesses, looks."""
-        words, place, guesses = list(labels), int(weights), dict(mask)
-        looks = np.asarray(looks, dtype=float)
+    def _draw(self, answer: tuple[Any, ...]) -> None:
+        words, place, guesses, looks = answer
+        words, guesses, looks = list(words), dict(guesses), np.asarray(looks, dtype=float)
         if looks.shape != (len(words),):
             raise ValueError(f"looks has shape {looks.shape} for {len(words)} words")
         if not 0 <= place < len(words):

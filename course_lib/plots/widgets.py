@@ -233,7 +233,7 @@ class LiveAttention(Panel):
             self.message = "Type a few words, and see who looks at whom."
         else:
             try:
-                self._draw(*self._fn(self.text.value))
+                self._draw(self._fn(self.text.value))
             except Exception as error:  # a learner's function may raise anything: say it, keep it
                 self.error = error
                 self.message = _said(error)
@@ -241,9 +241,16 @@ class LiveAttention(Panel):
         self._stage.layout.display = "none" if self.message else None
         self._line.value = _paper(self.message, _WARNING if self.error else COLORS["grey"])
 
-    def _draw(self, labels: Sequence[str], weights: Any, mask: Any = None) -> None:
+    def _draw(self, answer: tuple[Any, ...]) -> None:
+        """Draw what `fn` answered."""
+        if not 2 <= len(answer) <= 3:
+            raise TypeError(f"fn must return labels, weights and perhaps a mask, got {len(answer)}")
+        labels, weights, *mask = answer
+        self._explore(weights, labels, mask=mask[0] if mask else None)
+
+    def _explore(self, weights: Any, *labels: Sequence[str], mask: Any = None) -> None:
         if self.explorer is None:
-            self.explorer = AttentionExplorer(weights, labels, mask=mask, title=self._title)
+            self.explorer = AttentionExplorer(weights, *labels, mask=mask, title=self._title)
             self._stage.children = (self.explorer.widget,)
         else:
-            self.explorer.update(weights, labels, mask=mask)
+            self.explorer.update(weights, *labels, mask=mask)
