@@ -106,7 +106,7 @@ class Ledger:
         *,
         as_said: bool,
         within_limits: bool = False,
-        measured: Mapping[str, float | Sequence[float]],
+        measured: Mapping[str, float | int | Sequence[float]],
         over: str = "seeds",
         limits: str = "",
     ) -> Finding:
@@ -139,7 +139,7 @@ class Ledger:
         return "\n".join(f"{id}  {self.findings[id].verdict}" for id in sorted(self.findings))
 
 
-def _as_tuple(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+def _as_tuple(name: str, value: float | int | Sequence[float]) -> tuple[float, ...]:
     values = [value] if isinstance(value, int | float) else value
     numbers = tuple(float(v) for v in values)
     if not numbers or not all(-1e300 < v < 1e300 for v in numbers):
