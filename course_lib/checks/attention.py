@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..grading.exercise import Case, Exercise, Function
 from ..grading.observe import Broken, expect
+from ._inputs import normal, some
 from ._wrong_parts import (
     MASKINGS,
     MIXTURES,
@@ -23,16 +24,6 @@ from ._wrong_parts import (
 )
 
 INF = math.inf
-
-
-def _normal(g: torch.Generator, *shape: int) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10).round() / 10 + 0.0
-
-
-def _some(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [_normal(g, *shape) for shape in shapes]
 
 
 # --- 1. softmax -------------------------------------------------------------------------------
@@ -77,13 +68,13 @@ def softmax(scores: Tensor) -> Tensor:
 def _(g: torch.Generator) -> list[Case]:
     ordinary = [(2, 3), (5,), (3, 4), (3, 3), (4, 1), (2, 3, 4), (2, 2, 3, 4)]
     extreme = [
-        torch.tensor([[0.0], [-300.0], [60.0]]) + _normal(g, 3, 4),  # each row is far from the next
-        torch.tensor([-60.0, 60.0, 60.0]) + _normal(g, 3),
-        torch.tensor([0.0, 0.0, 0.0, 300.0]) + _normal(g, 4),
-        torch.tensor([[1000.0, 999.0], [-1000.0, -1000.0]]) + _normal(g, 2, 2),
-        torch.tensor([0.0, 0.0, -INF]) + _normal(g, 2, 3),
+        torch.tensor([[0.0], [-300.0], [60.0]]) + normal(g, 3, 4),  # each row is far from the next
+        torch.tensor([-60.0, 60.0, 60.0]) + normal(g, 3),
+        torch.tensor([0.0, 0.0, 0.0, 300.0]) + normal(g, 4),
+        torch.tensor([[1000.0, 999.0], [-1000.0, -1000.0]]) + normal(g, 2, 2),
+        torch.tensor([0.0, 0.0, -INF]) + normal(g, 2, 3),
     ]
-    return [{"scores": s} for s in [*(2 * _normal(g, *shape) for shape in ordinary), *extreme]]
+    return [{"scores": s} for s in [*(2 * normal(g, *shape) for shape in ordinary), *extreme]]
 
 
 @ex.behaviour("each row of weights sums to 1")
@@ -342,7 +333,7 @@ def soft_lookup(query: Tensor, keys: Tensor, values: Tensor, temperature: float 
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
     def case(n: int, d_k: int, d_v: int, **options: float) -> Case:
-        query, keys, values = _normal(g, d_k), _normal(g, n, d_k), _normal(g, n, d_v)
+        query, keys, values = normal(g, d_k), normal(g, n, d_k), normal(g, n, d_v)
         return {"query": query, "keys": keys, "values": values, **options}
 
     near = case(4, 2, 2, temperature=0.002)  # matches so close that only a low temperature tells
@@ -396,7 +387,7 @@ def _(answer):
 
 @ex.behaviour("keys and values that change places together change nothing")
 def _(answer):
-    query, keys, values = _some(3, (3,), (4, 3), (4, 2))
+    query, keys, values = some(3, (3,), (4, 3), (4, 2))
     order = torch.tensor([2, 0, 3, 1])
     expect(answer(query, keys[order], values[order]), answer(query, keys, values))
 
@@ -583,7 +574,7 @@ def _(g: torch.Generator) -> list[Case]:
         ((3, 3, 3), (3, 3, 3)),
         ((3, 4, 5), (3, 4, 5)),
     ]
-    return [{"query": _normal(g, *q), "key": _normal(g, *k)} for q, k in sizes]
+    return [{"query": normal(g, *q), "key": normal(g, *k)} for q, k in sizes]
 
 
 @ex.behaviour("row i holds query i against every key")
@@ -606,7 +597,7 @@ def _(answer):
 
 @ex.behaviour("changing one key changes one column")
 def _(answer):
-    query, key = _some(5, (3, 4), (3, 4))
+    query, key = some(5, (3, 4), (3, 4))
     other = key.clone()
     other[1] += 1
     changed = (answer(query, other) - answer(query, key)).abs() > 1e-6
@@ -615,13 +606,13 @@ def _(answer):
 
 @ex.behaviour("doubling a query doubles its scores")
 def _(answer):
-    query, key = _some(6, (3, 4), (2, 4))
+    query, key = some(6, (3, 4), (2, 4))
     expect(answer(2 * query, key), 2 * answer(query, key))
 
 
 @ex.behaviour("batch elements do not meet")
 def _(answer):
-    query, key = _some(7, (3, 3, 3), (3, 3, 3))
+    query, key = some(7, (3, 3, 3), (3, 3, 3))
     expect(answer(query, key)[1], answer(query[1], key[1]))
 
 
@@ -768,10 +759,10 @@ def self_attention(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
 def _(g: torch.Generator) -> list[Case]:
     def case(batch: int, n: int, d_model: int, d_k: int, d_v: int) -> Case:
         return {
-            "x": _normal(g, batch, n, d_model),
-            "w_q": _normal(g, d_model, d_k),
-            "w_k": _normal(g, d_model, d_k),
-            "w_v": _normal(g, d_model, d_v),
+            "x": normal(g, batch, n, d_model),
+            "w_q": normal(g, d_model, d_k),
+            "w_k": normal(g, d_model, d_k),
+            "w_v": normal(g, d_model, d_v),
         }
 
     return [
@@ -788,7 +779,7 @@ def _(g: torch.Generator) -> list[Case]:
 
 
 def _example(seed: int) -> list[Tensor]:
-    return _some(seed, (2, 4, 3), (3, 2), (3, 2), (3, 5))
+    return some(seed, (2, 4, 3), (3, 2), (3, 2), (3, 5))
 
 
 @ex.behaviour("tokens that are all alike come out as their own value")
@@ -1020,19 +1011,19 @@ def _(g: torch.Generator) -> list[Case]:
     def case(*shape: int, mask_shape: tuple[int, ...] = ()) -> Case:
         visible = torch.rand(mask_shape or shape, generator=g) < 0.6
         visible[..., 0] |= ~visible.any(-1)  # at least one visible key a row
-        return {"scores": _normal(g, *shape), "mask": visible}
+        return {"scores": normal(g, *shape), "mask": visible}
 
     two = torch.tensor([[True, True, False], [False, True, True]])
     one_empty = torch.tensor([[True, False, True], [False, False, False]])
-    low = 100 * _normal(g, 2, 3).round() - 2e4
+    low = 100 * normal(g, 2, 3).round() - 2e4
     return [
-        {"scores": _normal(g, 2, 3), "mask": two},
-        {"scores": _normal(g, 2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)},
-        {"scores": _normal(g, 2, 3), "mask": one_empty},
-        {"scores": _normal(g, 3, 3), "mask": torch.ones(3, 3, dtype=torch.bool).tril()},
-        {"scores": _normal(g, 2, 3).masked_fill(~two, 2e4), "mask": two},
-        {"scores": _normal(g, 2, 3) - 50.0, "mask": two},
-        {"scores": _normal(g, 2, 3) - 200.0, "mask": two},
+        {"scores": normal(g, 2, 3), "mask": two},
+        {"scores": normal(g, 2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)},
+        {"scores": normal(g, 2, 3), "mask": one_empty},
+        {"scores": normal(g, 3, 3), "mask": torch.ones(3, 3, dtype=torch.bool).tril()},
+        {"scores": normal(g, 2, 3).masked_fill(~two, 2e4), "mask": two},
+        {"scores": normal(g, 2, 3) - 50.0, "mask": two},
+        {"scores": normal(g, 2, 3) - 200.0, "mask": two},
         {"scores": low, "mask": two},
         case(4, 4),
         case(3, 1),
@@ -1212,7 +1203,7 @@ def attention(
 def _case(g: torch.Generator, sizes: tuple[int, int, int, int, int], **options: object) -> Case:
     batch, n_q, n_k, d_k, d_v = sizes
     shapes = {"query": (batch, n_q, d_k), "key": (batch, n_k, d_k), "value": (batch, n_k, d_v)}
-    return {name: _normal(g, *shape) for name, shape in shapes.items()} | options
+    return {name: normal(g, *shape) for name, shape in shapes.items()} | options
 
 
 def _towering(g: torch.Generator) -> Case:
@@ -1252,7 +1243,7 @@ def _(g: torch.Generator) -> list[Case]:
 
 
 def _qkv(seed: int, *, n_q: int = 3, n_k: int = 4) -> list[Tensor]:
-    return _some(seed, (2, n_q, 5), (2, n_k, 5), (2, n_k, 3))
+    return some(seed, (2, n_q, 5), (2, n_k, 5), (2, n_k, 3))
 
 
 @ex.behaviour("a query that matches no key better than another gets the mean of the values")

@@ -13,14 +13,10 @@ from torch import Tensor
 
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import Broken, expect
+from ._inputs import normal
 from ._wrong_parts import MASKINGS, MIXTURES, NORMALISATIONS, SCALES, visible_softmax
 
 INF = math.inf
-
-
-def _normal(g: torch.Generator, *shape: int, spread: float = 1.0) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10 * spread).round() / 10 + 0.0
 
 
 def _root(x: Tensor) -> float:
@@ -102,8 +98,8 @@ def _cross_case(g: torch.Generator, sizes: tuple[int, ...], **options: Tensor) -
     batch, n_q, n_k, d_model, d_context, num_heads = sizes
     tokens = {"x": (batch, n_q, d_model), "context": (batch, n_k, d_context)}
     rows = {"w_q": d_model, "w_k": d_context, "w_v": d_context, "w_o": d_model}
-    case: Case = {name: _normal(g, *shape) for name, shape in tokens.items()}
-    case |= {name: _normal(g, d, d_model, spread=0.7) for name, d in rows.items()}
+    case: Case = {name: normal(g, *shape) for name, shape in tokens.items()}
+    case |= {name: normal(g, d, d_model, spread=0.7) for name, d in rows.items()}
     return case | {"num_heads": num_heads} | options
 
 
@@ -1249,9 +1245,9 @@ def cached_step(
 
 
 def _step_case(g: torch.Generator, batch: int, t: int, d_model: int, d: int) -> Case:
-    case = {"x": _normal(g, batch, 1, d_model)}
-    case |= {name: _normal(g, batch, t, d) for name in ("key_cache", "value_cache")}
-    return case | {name: _normal(g, d_model, d) for name in ("w_q", "w_k", "w_v")}
+    case = {"x": normal(g, batch, 1, d_model)}
+    case |= {name: normal(g, batch, t, d) for name in ("key_cache", "value_cache")}
+    return case | {name: normal(g, d_model, d) for name in ("w_q", "w_k", "w_v")}
 
 
 @ex.cases
@@ -1304,7 +1300,7 @@ def _(answer):
 @ex.behaviour("step by step it gives what one causal pass over the whole text gives")
 def _(answer):
     _, key, value, w_q, w_k, w_v = _step(5, t=0)
-    x = _normal(torch.Generator().manual_seed(6), 2, 4, 3)
+    x = normal(torch.Generator().manual_seed(6), 2, 4, 3)
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     want = F.scaled_dot_product_attention(x @ w_q, x @ w_k, x @ w_v, attn_mask=causal)
     for i in range(4):
@@ -1724,7 +1720,7 @@ def _(g: torch.Generator) -> list[Case]:
     sizes = [(1, 2, 2, 2, 2), (1, 2, 3, 2, 2), (2, 3, 3, 3, 3), (2, 3, 2, 4, 3), (1, 1, 4, 3, 2),
              (2, 4, 1, 1, 1), (3, 4, 5, 6, 5)]  # fmt: skip
     return [
-        {"x": _normal(g, batch, n_q, d), "context": _normal(g, batch, n_k, d_context), **PARTS}
+        {"x": normal(g, batch, n_q, d), "context": normal(g, batch, n_k, d_context), **PARTS}
         for batch, n_q, n_k, d, d_context in sizes
     ]
 
@@ -1745,7 +1741,7 @@ def _with_parts(n_q: int, n_k: int, seed: int, **parts: Function) -> Case:
     """A case in which the sublayers that are not named give 0."""
     g = torch.Generator().manual_seed(seed)
     quiet = {name: part if "norm" in name else _nothing for name, part in PARTS.items()}
-    return {"x": _normal(g, 2, n_q, 3), "context": _normal(g, 2, n_k, 3), **quiet, **parts}
+    return {"x": normal(g, 2, n_q, 3), "context": normal(g, 2, n_k, 3), **quiet, **parts}
 
 
 @ex.behaviour("if all three sublayers give 0, x comes through unchanged")

@@ -10,14 +10,10 @@ from torch import Tensor
 
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import Broken, expect
+from ._inputs import normal
 from ._wrong_parts import MASKINGS, NORMALISATIONS, SCALES, visible_softmax
 
 INF = math.inf
-
-
-def _normal(g: torch.Generator, *shape: int, spread: float = 1.0) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10 * spread).round() / 10 + 0.0
 
 
 def _distinct(g: torch.Generator, *shape: int) -> Tensor:
@@ -363,7 +359,7 @@ def _loss_case(g: torch.Generator, batch: int, n: int, V: int, *ignored: tuple[i
     targets = torch.randint(V, (batch, n), generator=g)
     for place in ignored:
         targets[place] = -100
-    return {"logits": _normal(g, batch, n, V), "targets": targets}
+    return {"logits": normal(g, batch, n, V), "targets": targets}
 
 
 def _far_apart(g: torch.Generator, least: float, most: float) -> Case:
@@ -1682,10 +1678,10 @@ def cached_attention(
 
 def _cache_case(g: torch.Generator, batch: int, new: int, t: int, d_model: int, heads: int) -> Case:
     case: Case = {
-        "x": _normal(g, batch, new, d_model),
-        "cache": _normal(g, 2, batch, heads, t, d_model // heads),
+        "x": normal(g, batch, new, d_model),
+        "cache": normal(g, 2, batch, heads, t, d_model // heads),
     }
-    case |= {name: _normal(g, d_model, d_model, spread=0.7) for name in ("w_q", "w_k", "w_v")}
+    case |= {name: normal(g, d_model, d_model, spread=0.7) for name in ("w_q", "w_k", "w_v")}
     return case | {"num_heads": heads}
 
 

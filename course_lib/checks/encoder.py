@@ -10,19 +10,10 @@ from torch import Tensor
 
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import expect
+from ._inputs import normal, some
 from ._wrong_parts import MASKINGS, MIXTURES, NORMALISATIONS, SCALES, visible_softmax
 
 INF = math.inf
-
-
-def _normal(g: torch.Generator, *shape: int, spread: float = 1.0) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10 * spread).round() / 10 + 0.0
-
-
-def _some(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [_normal(g, *shape) for shape in shapes]
 
 
 # --- 1. hide words ----------------------------------------------------------------------------
@@ -605,7 +596,7 @@ def _guesses(g: torch.Generator, batch: int, n: int, V: int, asked: list[int]) -
     """Row b has asked[b] targets, about half of them guessed; a token's logits all differ."""
     ranks = torch.rand(batch, n, V, generator=g).argsort(-1)  # (batch, n, V)
     scale = torch.randint(1, 5, (batch, n, 1), generator=g) / 2
-    logits = ranks * scale + _normal(g, batch, n, 1)
+    logits = ranks * scale + normal(g, batch, n, 1)
     others = torch.randint(V, (batch, n), generator=g)
     guessed = torch.rand(batch, n, generator=g) < 0.5
     targets = torch.where(guessed, logits.argmax(-1), others)
@@ -1003,7 +994,7 @@ def mean_pool(hidden: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _pool_case(g: torch.Generator, n: int, d: int, *lengths: int) -> Case:
-    hidden = _normal(g, len(lengths), n, d)
+    hidden = normal(g, len(lengths), n, d)
     return {"hidden": hidden + 0.5, "lengths": torch.tensor(lengths)}
 
 
@@ -1409,8 +1400,8 @@ def _block_case(g: torch.Generator, sizes: tuple[int, ...], spread: float = 0.7,
     batch, n, d_model, d_k, d_v, d_ff = sizes
     shapes = {"w_q": (d_model, d_k), "w_k": (d_model, d_k), "w_v": (d_model, d_v)}
     shapes |= {"w_o": (d_v, d_model), "w_up": (d_model, d_ff), "w_down": (d_ff, d_model)}
-    case: Case = {"x": 0.3 + _normal(g, batch, n, d_model)}
-    case |= {name: _normal(g, *shape, spread=spread) for name, shape in shapes.items()}
+    case: Case = {"x": 0.3 + normal(g, batch, n, d_model)}
+    case |= {name: normal(g, *shape, spread=spread) for name, shape in shapes.items()}
     return case | options
 
 
@@ -1422,8 +1413,8 @@ def _bools(*rows: str) -> Tensor:
 def _by_hand(g: torch.Generator) -> Case:
     """The smallest case; features and w_up far from where norm and relu have a kink."""
     case = _block_case(g, (1, 2, 2, 1, 1, 1))
-    case["x"] = torch.tensor([[[1.0, 3.0], [2.0, 0.0]]]) + _normal(g, 1, 2, 2, spread=0.2)
-    return case | {"w_up": torch.tensor([[1.3], [0.2]]) + _normal(g, 2, 1, spread=0.1)}
+    case["x"] = torch.tensor([[[1.0, 3.0], [2.0, 0.0]]]) + normal(g, 1, 2, 2, spread=0.2)
+    return case | {"w_up": torch.tensor([[1.3], [0.2]]) + normal(g, 2, 1, spread=0.1)}
 
 
 def _towering(g: torch.Generator) -> Case:
@@ -1934,7 +1925,7 @@ def classify_loss(hidden: Tensor, w: Tensor, labels: Tensor, smoothing: float = 
 
 
 def _labelled(g: torch.Generator, batch: int, d: int, classes: int, **options: float) -> Case:
-    hidden, w = _normal(g, batch, d), _normal(g, d, classes)
+    hidden, w = normal(g, batch, d), normal(g, d, classes)
     return {
         "hidden": hidden,
         "w": w,
@@ -1983,14 +1974,14 @@ def _(answer):
 
 @ex.behaviour("it is the mean over the batch")
 def _(answer):
-    hidden, w, labels = *_some(1, (2, 3), (3, 4)), torch.tensor([3, 1])
+    hidden, w, labels = *some(1, (2, 3), (3, 4)), torch.tensor([3, 1])
     alone = [answer(hidden[b : b + 1], w, labels[b : b + 1], smoothing=0.2) for b in (0, 1)]
     expect(answer(hidden, w, labels, smoothing=0.2), (alone[0] + alone[1]) / 2)
 
 
 @ex.behaviour("with a smoothing of 1 the labels have no effect")
 def _(answer):
-    hidden, w = _some(2, (2, 3), (3, 3))
+    hidden, w = some(2, (2, 3), (3, 3))
     others = torch.tensor([1, 0])
     expect(answer(hidden, w, LABELS, smoothing=1.0), answer(hidden, w, others, smoothing=1.0))
 
@@ -2004,14 +1995,14 @@ def _(answer):
 
 @ex.behaviour("half-way from ε = 0 to ε = 1 the loss is half-way too")
 def _(answer):
-    hidden, w = _some(3, (2, 3), (3, 3))
+    hidden, w = some(3, (2, 3), (3, 3))
     none, half, full = (answer(hidden, w, LABELS, smoothing=s) for s in (0.0, 0.5, 1.0))
     expect(half, (none + full) / 2)
 
 
 @ex.behaviour("the same number added to all logits changes nothing")
 def _(answer):
-    hidden, w = _some(4, (2, 3), (3, 3))
+    hidden, w = some(4, (2, 3), (3, 3))
     shift = torch.tensor([[1.0], [-2.0], [0.5]])  # (3, 1): the same for each class
     got, want = (answer(hidden, m, LABELS, smoothing=0.2) for m in (w + shift, w))
     expect(got, want)

@@ -13,18 +13,9 @@ from torch import Tensor
 
 from ..grading.exercise import Case, Exercise, Function
 from ..grading.observe import Broken, expect
+from ._inputs import normal, some
 
 INF = math.inf
-
-
-def _normal(g: torch.Generator, *shape: int) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10).round() / 10 + 0.0
-
-
-def _some(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [_normal(g, *shape) for shape in shapes]
 
 
 def _ids(g: torch.Generator, *shape: int) -> Tensor:
@@ -914,7 +905,7 @@ def _additive(g: torch.Generator, *sizes: int) -> Case:
         "u": (d_k, d),
         "v": (d,),
     }
-    return {name: _normal(g, *shape) for name, shape in shapes.items()}
+    return {name: normal(g, *shape) for name, shape in shapes.items()}
 
 
 @ex.cases
@@ -937,7 +928,7 @@ def _(g: torch.Generator) -> list[Case]:
 
 
 def _qkwuv(seed: int) -> list[Tensor]:
-    return _some(seed, (2, 2), (2, 3, 4), (2, 3), (4, 3), (3,))
+    return some(seed, (2, 2), (2, 3, 4), (2, 3), (4, 3), (3,))
 
 
 @ex.behaviour("a query and keys of zeros give the score 0")
@@ -968,7 +959,7 @@ def _(answer):
 
 @ex.behaviour("query and keys are added before tanh: what one gains the other can lose")
 def _(answer):
-    query, keys, v = _some(4, (2, 3), (2, 4, 3), (3,))
+    query, keys, v = some(4, (2, 3), (2, 4, 3), (3,))
     shift, one = torch.tensor([0.5, -1.0, 2.0]), torch.eye(3)
     expect(answer(query + shift, keys - shift, one, one, v), answer(query, keys, one, one, v))
 

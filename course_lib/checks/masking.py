@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import Broken, expect
+from ._inputs import normal, some
 from ._wrong_parts import (
     MASKINGS,
     MIXTURES,
@@ -20,16 +21,6 @@ from ._wrong_parts import (
 )
 
 INF, NAN = math.inf, math.nan
-
-
-def _normal(g: torch.Generator, *shape: int) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10).round() / 10 + 0.0
-
-
-def _some(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [_normal(g, *shape) for shape in shapes]
 
 
 def _bools(*rows: str) -> Tensor:
@@ -205,14 +196,14 @@ def hide_future(scores: Tensor) -> Tensor:
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
     shapes = [(2, 2), (1, 1), (3, 3), (1, 3), (2, 4), (3, 2), (4, 3), (4, 4), (3, 3, 3)]
-    ordinary = [_normal(g, *shape) for shape in [*shapes, (2, 1, 3, 5), (1, 2, 4, 2)]]
-    zeros = _normal(g, 3, 3) * torch.eye(3)  # a visible score may be 0
-    spoiled = _normal(g, 2, 3)
+    ordinary = [normal(g, *shape) for shape in [*shapes, (2, 1, 3, 5), (1, 2, 4, 2)]]
+    zeros = normal(g, 3, 3) * torch.eye(3)  # a visible score may be 0
+    spoiled = normal(g, 2, 3)
     spoiled[0, 2] = INF  # hidden
-    worse = _normal(g, 3, 4)
+    worse = normal(g, 3, 4)
     worse[0, 2:] = torch.tensor([NAN, INF])  # hidden
-    high = 1e5 * _normal(g, 2, 2)
-    return [{"scores": s} for s in [*ordinary, zeros, spoiled, worse, high, _normal(g, 3, 3, 4)]]
+    high = 1e5 * normal(g, 2, 2)
+    return [{"scores": s} for s in [*ordinary, zeros, spoiled, worse, high, normal(g, 3, 3, 4)]]
 
 
 @ex.behaviour("with as many queries as keys, query i sees the keys 0 to i")
@@ -243,14 +234,14 @@ def _(answer):
 
 @ex.behaviour("the last rows come out alike whether the earlier queries are there or not")
 def _(answer):
-    (scores,) = _some(1, (5, 5))
+    (scores,) = some(1, (5, 5))
     for rows in (1, 2, 4):
         expect(answer(scores[-rows:]), answer(scores)[-rows:])
 
 
 @ex.behaviour("changing a later key's score changes nothing")
 def _(answer):
-    (scores,) = _some(2, (2, 4, 4))
+    (scores,) = some(2, (2, 4, 4))
     for later in (7.0, INF, NAN):
         other = scores.clone()
         other[:, 1, 2] = later
@@ -259,7 +250,7 @@ def _(answer):
 
 @ex.behaviour("batch elements do not meet")
 def _(answer):
-    (scores,) = _some(3, (3, 3, 3))
+    (scores,) = some(3, (3, 3, 3))
     expect(answer(scores)[1], answer(scores[1]))
 
 
@@ -1309,7 +1300,7 @@ def left_padded_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Te
 
 
 def _left_case(g: torch.Generator, *shape: int, lengths: list[int]) -> Case:
-    tensors = {name: _normal(g, *shape) for name in ("query", "key", "value")}
+    tensors = {name: normal(g, *shape) for name in ("query", "key", "value")}
     return tensors | {"lengths": torch.tensor(lengths)}
 
 
@@ -1346,7 +1337,7 @@ def _(g: torch.Generator) -> list[Case]:
 
 
 def _qkv(seed: int, *, batch: int = 2, n: int = 4) -> list[Tensor]:
-    return _some(seed, *[(batch, 2, n, 3)] * 3)
+    return some(seed, *[(batch, 2, n, 3)] * 3)
 
 
 @ex.behaviour("the first real token sees itself alone and gets its own value")
@@ -1644,7 +1635,7 @@ def masked_loss(logits: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
 
 def _loss_case(g: torch.Generator, batch: int, n: int, V: int, lengths: list[int]) -> Case:
     return {
-        "logits": _normal(g, batch, n, V),
+        "logits": normal(g, batch, n, V),
         "targets": torch.randint(V, (batch, n), generator=g),
         "lengths": torch.tensor(lengths),
     }

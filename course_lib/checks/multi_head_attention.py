@@ -10,19 +10,10 @@ from torch import Tensor
 
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import expect
+from ._inputs import normal, some
 from ._wrong_parts import MASKINGS, MIXTURES, NORMALISATIONS, SCALES, visible_softmax
 
 INF = math.inf
-
-
-def _normal(g: torch.Generator, *shape: int) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10).round() / 10 + 0.0
-
-
-def _some(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [_normal(g, *shape) for shape in shapes]
 
 
 def _labelled(g: torch.Generator, *shape: int) -> Tensor:
@@ -136,25 +127,25 @@ def _(answer):
 
 @ex.behaviour("one head holds everything")
 def _(answer):
-    (x,) = _some(1, (2, 3, 4))
+    (x,) = some(1, (2, 3, 4))
     expect(answer(x, 1), x[:, None])
 
 
 @ex.behaviour("the heads laid side by side are x again")
 def _(answer):
-    (x,) = _some(2, (2, 3, 6))
+    (x,) = some(2, (2, 3, 6))
     expect(torch.cat(answer(x, 3).unbind(1), -1), x)
 
 
 @ex.behaviour("it takes any number of dimensions in front")
 def _(answer):
-    (x,) = _some(3, (2, 3, 4, 6))
+    (x,) = some(3, (2, 3, 4, 6))
     expect(answer(x, 2)[1, 2], answer(x[1, 2], 2))
 
 
 @ex.behaviour("it takes an x that is a transposed view of other memory")
 def _(answer):
-    (x,) = _some(4, (4, 3, 2, 2))
+    (x,) = some(4, (4, 3, 2, 2))
     view = x.permute(3, 2, 1, 0)
     expect(answer.on({"x": view, "num_heads": 2}), answer(view.contiguous(), 2))
 
@@ -377,12 +368,12 @@ def _(g: torch.Generator) -> list[Case]:
     ]
     merged = [(_labelled(g, *lead, n, h * d), h) for *lead, h, n, d in shapes]
     cases = [split_heads(x, h).contiguous() for x, h in merged]
-    return [{"heads": heads} for heads in [*cases, _normal(g, 3, 2, 4, 3)]]
+    return [{"heads": heads} for heads in [*cases, normal(g, 3, 2, 4, 3)]]
 
 
 @ex.behaviour("it undoes split_heads")
 def _(answer):
-    (x,) = _some(1, (2, 3, 6))
+    (x,) = some(1, (2, 3, 6))
     expect(answer(split_heads(x, 3).contiguous()), x)
 
 
@@ -400,26 +391,26 @@ def _(answer):
 
 @ex.behaviour("one head comes back as it is")
 def _(answer):
-    (heads,) = _some(2, (2, 1, 3, 4))
+    (heads,) = some(2, (2, 1, 3, 4))
     expect(answer(heads), heads[:, 0])
 
 
 @ex.behaviour("heads of one feature, and a single token, come back right")
 def _(answer):
-    narrow, short = _some(3, (2, 3, 4, 1), (2, 3, 1, 4))
+    narrow, short = some(3, (2, 3, 4, 1), (2, 3, 1, 4))
     expect(answer(narrow), narrow[..., 0].mT)
     expect(answer(short), short.flatten(1)[:, None])
 
 
 @ex.behaviour("it takes any number of dimensions in front")
 def _(answer):
-    (heads,) = _some(4, (2, 3, 2, 4, 3))
+    (heads,) = some(4, (2, 3, 2, 4, 3))
     expect(answer(heads)[1, 2], answer(heads[1, 2]))
 
 
 @ex.behaviour("it takes heads that are a transposed view of other memory")
 def _(answer):
-    (heads,) = _some(5, (3, 4, 2, 2))
+    (heads,) = some(5, (3, 4, 2, 2))
     view = heads.permute(3, 2, 1, 0)
     expect(answer.on({"heads": view}), answer(view.contiguous()))
 
@@ -695,8 +686,8 @@ def multi_head_attention(
 def _mha_case(
     g: torch.Generator, batch: int, n: int, d_model: int, heads: int, **options: object
 ) -> Case:
-    weights = {w: _normal(g, d_model, d_model) for w in ("w_q", "w_k", "w_v", "w_o")}
-    return {"x": _normal(g, batch, n, d_model), **weights, "num_heads": heads, **options}
+    weights = {w: normal(g, d_model, d_model) for w in ("w_q", "w_k", "w_v", "w_o")}
+    return {"x": normal(g, batch, n, d_model), **weights, "num_heads": heads, **options}
 
 
 def _mha_towering(g: torch.Generator) -> Case:
@@ -736,7 +727,7 @@ def _(g: torch.Generator) -> list[Case]:
 
 def _mha_inputs(seed: int) -> list[Tensor]:
     """x (2, 3, 4) and four weights (4, 4)."""
-    return _some(seed, (2, 3, 4), (4, 4), (4, 4), (4, 4), (4, 4))
+    return some(seed, (2, 3, 4), (4, 4), (4, 4), (4, 4), (4, 4))
 
 
 @ex.behaviour("with one head it is attention as in chapter 02")
@@ -748,7 +739,7 @@ def _(answer):
 
 @ex.behaviour("with unit matrices each head is attention among its own features of x")
 def _(answer):
-    (x,) = _some(2, (3, 2, 4))
+    (x,) = some(2, (3, 2, 4))
     x, eye = x.transpose(0, 1), torch.eye(4)  # a transposed view: not contiguous
     for num_heads in (2, 4):
         own = x.chunk(num_heads, -1)
@@ -1215,8 +1206,8 @@ def _gqa_case(g: torch.Generator, *sizes: int, **options: object) -> Case:
     """sizes: batch, h, h_kv, n_q, n_k, d."""
     batch, h, h_kv, n_q, n_k, d = sizes
     shapes = {"query": (batch, h, n_q, d), "key": (batch, h_kv, n_k, d)}
-    case = {name: _normal(g, *shape) for name, shape in shapes.items()}
-    return case | {"value": _normal(g, batch, h_kv, n_k, d)} | options
+    case = {name: normal(g, *shape) for name, shape in shapes.items()}
+    return case | {"value": normal(g, batch, h_kv, n_k, d)} | options
 
 
 def _gqa_towering(g: torch.Generator) -> Case:
@@ -1251,7 +1242,7 @@ def _(g: torch.Generator) -> list[Case]:
 
 def _gqa_inputs(seed: int, h: int = 6, h_kv: int = 2) -> list[Tensor]:
     """query (2, h, 3, 4), key and value (2, h_kv, 5, 4)."""
-    return _some(seed, (2, h, 3, 4), (2, h_kv, 5, 4), (2, h_kv, 5, 4))
+    return some(seed, (2, h, 3, 4), (2, h_kv, 5, 4), (2, h_kv, 5, 4))
 
 
 @ex.behaviour("query head i gets its values from key/value head i // (h / h_kv)")
@@ -1275,7 +1266,7 @@ def _(answer):
 
 @ex.behaviour("with as many key/value heads as query heads it is ordinary attention")
 def _(answer):
-    tokens = _some(1, (2, 3, 12), (2, 5, 12), (2, 5, 12))
+    tokens = some(1, (2, 3, 12), (2, 5, 12), (2, 5, 12))
     query, key, value = (split_heads(x, 3) for x in tokens)  # not contiguous, as in a model
     expect(answer(query, key, value), F.scaled_dot_product_attention(query, key, value))
 
@@ -1650,7 +1641,7 @@ def head_contributions(heads: Tensor, w_o: Tensor) -> Tensor:
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
     def case(batch: int, h: int, n: int, d_head: int, d_model: int) -> Case:
-        return {"heads": _normal(g, batch, h, n, d_head), "w_o": _normal(g, h * d_head, d_model)}
+        return {"heads": normal(g, batch, h, n, d_head), "w_o": normal(g, h * d_head, d_model)}
 
     return [
         case(1, 2, 1, 2, 2),
@@ -1668,12 +1659,12 @@ def _(g: torch.Generator) -> list[Case]:
 
 def _contributions_inputs(seed: int) -> list[Tensor]:
     """heads (2, 3, 4, 2), w_o (6, 5)."""
-    return _some(seed, (2, 3, 4, 2), (6, 5))
+    return some(seed, (2, 3, 4, 2), (6, 5))
 
 
 @ex.behaviour("the contributions add up to the merged heads times W_O")
 def _(answer):
-    merged, w_o = _some(1, (2, 4, 6), (6, 5))
+    merged, w_o = some(1, (2, 4, 6), (6, 5))
     heads = split_heads(merged, 3)  # a transposed view: not contiguous
     expect(answer(heads, w_o).sum(1), merged @ w_o)
 
@@ -1688,7 +1679,7 @@ def _(answer):
 
 @ex.behaviour("a single head adds the whole output")
 def _(answer):
-    heads, w_o = _some(6, (2, 1, 3, 2), (2, 4))
+    heads, w_o = some(6, (2, 1, 3, 2), (2, 4))
     expect(answer(heads, w_o), heads @ w_o)
 
 

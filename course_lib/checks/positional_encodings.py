@@ -12,24 +12,15 @@ from torch import Tensor
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import Broken, expect
 from ..layers import AlibiBias
+from ._inputs import normal, some
 from ._wrong_parts import SCALES
 
 INF = math.inf
 
 
-def _normal(g: torch.Generator, *shape: int) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10).round() / 10 + 0.0
-
-
 def _whole(g: torch.Generator, n: int, least: int = 1) -> Tensor:
     """n different whole numbers from `least` on, in any order."""
     return (torch.randperm(n + 3, generator=g)[:n] + least).float()
-
-
-def _some(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [_normal(g, *shape) for shape in shapes]
 
 
 # --- parts, right and wrong, that the first three exercises share -----------------------------
@@ -285,12 +276,12 @@ def _(g: torch.Generator) -> list[Case]:
 
     return [
         case(_whole(g, 2), 4),
-        case(2 * _normal(g, 3), 2),
-        case(2 * _normal(g, 3), 4),
+        case(2 * normal(g, 3), 2),
+        case(2 * normal(g, 3), 4),
         case(_whole(g, 1), 6, base=64.0),
-        case(2 * _normal(g, 4), 4, base=100.0),  # n = d_model
-        case(3 * _normal(g, 5), 6, base=8.0),
-        case(3 * _normal(g, 3), 8, base=16.0),
+        case(2 * normal(g, 4), 4, base=100.0),  # n = d_model
+        case(3 * normal(g, 5), 6, base=8.0),
+        case(3 * normal(g, 3), 8, base=16.0),
         case(_whole(g, 3, least=20), 4),  # far from the front
     ]
 
@@ -717,14 +708,14 @@ def _(g: torch.Generator) -> list[Case]:
     far = 12 + 10 * torch.rand(4, generator=g)  # several turns of the first pair
     return [
         {"encoding": pairs, "offset": float(_whole(g, 1).item())},
-        case(_normal(g, 3, 2)),
+        case(normal(g, 3, 2)),
         case(_sinusoids(far, 4)),
-        case(_normal(g, 4, 4), base=100.0),
-        case(_normal(g, 1, 6), base=64.0),
-        case(_normal(g, 2, 3, 8), base=16.0),
-        case(_normal(g, 2, 2, 3, 6), base=8.0),
+        case(normal(g, 4, 4), base=100.0),
+        case(normal(g, 1, 6), base=64.0),
+        case(normal(g, 2, 3, 8), base=16.0),
+        case(normal(g, 2, 2, 3, 6), base=8.0),
         {"encoding": _sinusoids(far[:3], 4), "offset": float(_whole(g, 1, least=30).item())},
-        case(_normal(g, 3, 2, 4)),
+        case(normal(g, 3, 2, 4)),
     ]
 
 
@@ -742,31 +733,31 @@ def _(answer):
 
 @ex.behaviour("a shift by 2 and then one by 3 is a shift by 5")
 def _(answer):
-    (code,) = _some(1, (3, 6))
+    (code,) = some(1, (3, 6))
     expect(answer(answer(code, 2.0), 3.0), answer(code, 5.0))
 
 
 @ex.behaviour("a shift forwards and the same one back change nothing")
 def _(answer):
-    (code,) = _some(2, (3, 6))
+    (code,) = some(2, (3, 6))
     expect(answer(answer(code, 2.5), -2.5), code)
 
 
 @ex.behaviour("it is linear: the sum of two codes goes to the sum of the shifted ones")
 def _(answer):
-    one, two = _some(3, (2, 4), (2, 4))
+    one, two = some(3, (2, 4), (2, 4))
     expect(answer(one + 2 * two, 3.0), answer(one, 3.0) + 2 * answer(two, 3.0))
 
 
 @ex.behaviour("every row is shifted alike, wherever it stands")
 def _(answer):
-    (code,) = _some(4, (1, 4))
+    (code,) = some(4, (1, 4))
     expect(answer(code.expand(3, 4), 2.0), answer(code, 2.0).expand(3, 4))
 
 
 @ex.behaviour("the length of each pair stays as it is")
 def _(answer):
-    (code,) = _some(5, (2, 6))
+    (code,) = some(5, (2, 6))
     pairs = answer(code, 4.0).unflatten(-1, (3, 2))
     expect(pairs.norm(dim=-1), code.unflatten(-1, (3, 2)).norm(dim=-1))
 
@@ -965,10 +956,10 @@ def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
     def case(*shape: int, positions: Tensor | None = None, **options: float) -> Case:
-        positions = 2 * _normal(g, shape[2]) if positions is None else positions
-        return {"x": _normal(g, *shape), "positions": positions, **options}
+        positions = 2 * normal(g, shape[2]) if positions is None else positions
+        return {"x": normal(g, *shape), "positions": positions, **options}
 
-    as_split = case(3, 5, 2, 6, positions=2 * _normal(g, 5), base=8.0)
+    as_split = case(3, 5, 2, 6, positions=2 * normal(g, 5), base=8.0)
     as_split["x"] = as_split["x"].transpose(1, 2)  # a view, as heads come out of a projection
     return [
         case(1, 1, 2, 4, positions=_whole(g, 2)),
@@ -1008,7 +999,7 @@ def _(answer):
 
 @ex.behaviour("a turned query times a turned key depends on their distance only")
 def _(answer):
-    query, key = _some(1, (1, 2, 1, 8), (1, 2, 1, 8))
+    query, key = some(1, (1, 2, 1, 8), (1, 2, 1, 8))
     near = (answer(query, _place(5.0)) * answer(key, _place(2.0))).sum(-1)
     far = (answer(query, _place(16.0)) * answer(key, _place(13.0))).sum(-1)
     expect(near, far)
@@ -1016,14 +1007,14 @@ def _(answer):
 
 @ex.behaviour("the length of each pair stays as it is")
 def _(answer):
-    (x,) = _some(2, (1, 2, 3, 6))
+    (x,) = some(2, (1, 2, 3, 6))
     pairs = answer(x, _place(1.0, 2.0, 7.0)).unflatten(-1, (3, 2))
     expect(pairs.norm(dim=-1), x.unflatten(-1, (3, 2)).norm(dim=-1))
 
 
 @ex.behaviour("all heads and sequences are turned alike")
 def _(answer):
-    (x,) = _some(3, (1, 1, 3, 4))
+    (x,) = some(3, (1, 1, 3, 4))
     positions = _place(4.0, 0.5, 2.0)
     alike = answer(x.expand(2, 3, 3, 4), positions)
     expect(alike, answer(x, positions).expand(2, 3, 3, 4))
@@ -1031,7 +1022,7 @@ def _(answer):
 
 @ex.behaviour("tokens that change places with their positions change nothing but places")
 def _(answer):
-    (x,) = _some(4, (1, 2, 4, 4))
+    (x,) = some(4, (1, 2, 4, 4))
     positions, order = _place(3.0, 7.0, 0.0, 1.0), torch.tensor([2, 0, 3, 1])
     expect(answer(x[:, :, order], positions[order]), answer(x, positions)[:, :, order])
 
@@ -1274,12 +1265,12 @@ def _(g: torch.Generator) -> list[Case]:
         (1, 16, 2, 3),
         (3, 2, 3, 5),
     ]
-    return [{"scores": _normal(g, *shape)} for shape in shapes]
+    return [{"scores": normal(g, *shape)} for shape in shapes]
 
 
 @ex.behaviour("a key at the query's own position keeps its score")
 def _(answer):
-    (scores,) = _some(1, (1, 2, 3, 3))
+    (scores,) = some(1, (1, 2, 3, 3))
     expect(answer(scores).diagonal(dim1=-2, dim2=-1), scores.diagonal(dim1=-2, dim2=-1))
 
 
@@ -1303,7 +1294,7 @@ def _(answer):
 
 @ex.behaviour("the last query, alone against all keys, gets what it got among the others")
 def _(answer):
-    (scores,) = _some(2, (1, 2, 4, 4))
+    (scores,) = some(2, (1, 2, 4, 4))
     expect(answer(scores[:, :, -1:]), answer(scores)[:, :, -1:])
 
 
@@ -1315,7 +1306,7 @@ def _(answer):
 
 @ex.behaviour("what is taken off does not depend on the scores")
 def _(answer):
-    one, two = _some(3, (2, 2, 2, 3), (2, 2, 2, 3))
+    one, two = some(3, (2, 2, 2, 3), (2, 2, 2, 3))
     expect(answer(one) - one, answer(two) - two)
 
 
@@ -1692,8 +1683,8 @@ def shaw_scores(query: Tensor, key: Tensor, table: Tensor) -> Tensor:
 @ex.cases
 def _(g: torch.Generator) -> list[Case]:
     def case(batch: int, n: int, d_k: int, k: int) -> Case:
-        query, key = _normal(g, batch, n, d_k), _normal(g, batch, n, d_k)
-        return {"query": query, "key": key, "table": _normal(g, 2 * k + 1, d_k)}
+        query, key = normal(g, batch, n, d_k), normal(g, batch, n, d_k)
+        return {"query": query, "key": key, "table": normal(g, 2 * k + 1, d_k)}
 
     return [
         case(1, 2, 2, 1),
@@ -1716,7 +1707,7 @@ def _only_place(table: Tensor, n: int) -> Case:
 
 @ex.behaviour("with a table of zeros they are the scaled scores of chapter 02")
 def _(answer):
-    query, key = _some(1, (1, 3, 4), (1, 3, 4))
+    query, key = some(1, (1, 3, 4), (1, 3, 4))
     expect(answer(query, key, torch.zeros(3, 4)), query @ key.mT / 2)
 
 
@@ -1741,26 +1732,26 @@ def _(answer):
 
 @ex.behaviour("a vector added to all rows of the table acts as if added to all keys")
 def _(answer):
-    query, key, table, more = _some(2, (2, 3, 4), (2, 3, 4), (3, 4), (4,))
+    query, key, table, more = some(2, (2, 3, 4), (2, 3, 4), (3, 4), (4,))
     expect(answer(query, key, table + more), answer(query, key + more, table))
 
 
 @ex.behaviour("tokens that are all alike score by distance only")
 def _(answer):
-    token, table = _some(3, (1, 1, 2), (5, 2))
+    token, table = some(3, (1, 1, 2), (5, 2))
     scores = answer(token.expand(1, 4, 2), token.expand(1, 4, 2), table)
     expect(scores[:, 1:, 1:], scores[:, :-1, :-1])
 
 
 @ex.behaviour("doubling a query doubles its scores")
 def _(answer):
-    query, key, table = _some(4, (1, 3, 2), (1, 3, 2), (3, 2))
+    query, key, table = some(4, (1, 3, 2), (1, 3, 2), (3, 2))
     expect(answer(2 * query, key, table), 2 * answer(query, key, table))
 
 
 @ex.behaviour("batch elements do not meet")
 def _(answer):
-    query, key, table = _some(5, (3, 3, 2), (3, 3, 2), (3, 2))
+    query, key, table = some(5, (3, 3, 2), (3, 3, 2), (3, 2))
     expect(answer(query, key, table)[1:], answer(query[1:], key[1:], table))
 
 

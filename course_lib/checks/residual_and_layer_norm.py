@@ -11,22 +11,13 @@ from torch import Tensor
 
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import expect
-
-
-def _normal(g: torch.Generator, *shape: int) -> Tensor:
-    """Normal numbers with one decimal, so that a counterexample can be read."""
-    return (torch.randn(*shape, generator=g) * 10).round() / 10 + 0.0
+from ._inputs import normal, some
 
 
 def _weights(g: torch.Generator, *shape: int) -> Tensor:
     """Numbers far from 0 and from 1 in absolute value: 1.2 to 2.1 or -2.1 to -1.2."""
     size = 1.2 + torch.randint(0, 10, shape, generator=g) / 10
     return ((size * (torch.rand(shape, generator=g) - 0.4).sign()) * 10).round() / 10
-
-
-def _some(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [_normal(g, *shape) for shape in shapes]
 
 
 SHAPES = [(2, 3), (4,), (3, 3), (3, 4), (2, 2, 3, 4), (3, 3, 3), (3, 4, 5)]
@@ -311,19 +302,19 @@ def _flat_first_row(x: Tensor, value: float) -> Tensor:
 def _(g: torch.Generator) -> list[Case]:
     def case(x: Tensor, **options: float) -> Case:
         d = x.shape[-1]
-        return {"x": x, "weight": _weights(g, d), "bias": _normal(g, d), **options}
+        return {"x": x, "weight": _weights(g, d), "bias": normal(g, d), **options}
 
-    smallest, *others = [case(1 + 2 * _normal(g, *shape)) for shape in SHAPES]
+    smallest, *others = [case(1 + 2 * normal(g, *shape)) for shape in SHAPES]
     far = 300 + torch.randint(-128, 129, (3, 4), generator=g) / 64  # float32 holds its mean exactly
     return [
         smallest,
-        case(1 + _normal(g, 2, 3), eps=0.5),
-        case(1 + _normal(g, 2, 4), eps=3.0),
-        case(_flat_first_row(_normal(g, 2, 4), 0.5)),
-        case(_normal(g, 3, 4) / 256),  # the variance is about ε
-        case(_normal(g, 3, 4) / 256, eps=1e-9),
+        case(1 + normal(g, 2, 3), eps=0.5),
+        case(1 + normal(g, 2, 4), eps=3.0),
+        case(_flat_first_row(normal(g, 2, 4), 0.5)),
+        case(normal(g, 3, 4) / 256),  # the variance is about ε
+        case(normal(g, 3, 4) / 256, eps=1e-9),
         case(far),
-        case(_normal(g, 3, 1), eps=0.5),
+        case(normal(g, 3, 1), eps=0.5),
         *others,
     ]
 
@@ -335,7 +326,7 @@ def _unit(d: int) -> tuple[Tensor, Tensor]:
 
 def _spread(seed: int, *shape: int) -> Tensor:
     """Tokens with a mean and a spread far from 0 and 1."""
-    return 3 + 5 * _some(seed, shape)[0]
+    return 3 + 5 * some(seed, shape)[0]
 
 
 @ex.behaviour("with weight 1 and bias 0 each token has the mean 0")
@@ -366,13 +357,13 @@ def _(answer):
 
 @ex.behaviour("the same number added to all features of a token changes nothing")
 def _(answer):
-    x, weight, bias = _some(3, (2, 4), (4,), (4,))
+    x, weight, bias = some(3, (2, 4), (4,), (4,))
     expect(answer(x + torch.tensor([[2.0], [-3.0]]), weight, bias), answer(x, weight, bias))
 
 
 @ex.behaviour("one token cannot change another")
 def _(answer):
-    x, weight, bias = _some(4, (2, 3, 4), (4,), (4,))
+    x, weight, bias = some(4, (2, 3, 4), (4,), (4,))
     other = x.clone()
     other[:, 1] = 2 * x[:, 1] + 1
     expect(answer(other, weight, bias)[:, ::2], answer(x, weight, bias)[:, ::2])
@@ -380,7 +371,7 @@ def _(answer):
 
 @ex.behaviour("weight and bias act last: twice both gives twice the result")
 def _(answer):
-    x, weight, bias = _some(5, (3, 4), (4,), (4,))
+    x, weight, bias = some(5, (3, 4), (4,), (4,))
     expect(answer(x, 2 * weight, 2 * bias), 2 * answer(x, weight, bias))
 
 
@@ -637,15 +628,15 @@ def _(g: torch.Generator) -> list[Case]:
     def case(x: Tensor, **options: float) -> Case:
         return {"x": x, "weight": _weights(g, x.shape[-1]), **options}
 
-    smallest, *others = [case(1 + 2 * _normal(g, *shape)) for shape in SHAPES]
+    smallest, *others = [case(1 + 2 * normal(g, *shape)) for shape in SHAPES]
     return [
         smallest,
-        case(1 + _normal(g, 2, 3), eps=0.5),
-        case(1 + _normal(g, 2, 4), eps=3.0),
-        case(_flat_first_row(_normal(g, 2, 4), 0.0)),
-        case(_normal(g, 3, 4) / 256),  # the mean of the squares is about ε
-        case(_normal(g, 3, 4) / 256, eps=1e-9),
-        case(_normal(g, 3, 1), eps=0.5),
+        case(1 + normal(g, 2, 3), eps=0.5),
+        case(1 + normal(g, 2, 4), eps=3.0),
+        case(_flat_first_row(normal(g, 2, 4), 0.0)),
+        case(normal(g, 3, 4) / 256),  # the mean of the squares is about ε
+        case(normal(g, 3, 4) / 256, eps=1e-9),
+        case(normal(g, 3, 1), eps=0.5),
         *others,
     ]
 
@@ -677,13 +668,13 @@ def _(answer):
 
 @ex.behaviour("a token ten times as large comes out the same")
 def _(answer):
-    x, weight = _spread(2, 3, 4), _some(2, (4,))[0]
+    x, weight = _spread(2, 3, 4), some(2, (4,))[0]
     expect(answer(10 * x, weight), answer(x, weight))
 
 
 @ex.behaviour("one token cannot change another")
 def _(answer):
-    x, weight = _some(3, (2, 3, 4), (4,))
+    x, weight = some(3, (2, 3, 4), (4,))
     other = x.clone()
     other[:, 1] = 2 * x[:, 1] + 1
     expect(answer(other, weight)[:, ::2], answer(x, weight)[:, ::2])
@@ -854,7 +845,7 @@ def _network(g: torch.Generator, *sizes: int) -> Case:
     """Inputs of `swiglu`: the last size is d_ff, the last but one d_model."""
     *_, d_model, d_ff = sizes
     shapes = {"w_gate": (d_model, d_ff), "w_up": (d_model, d_ff), "w_down": (d_ff, d_model)}
-    return {"x": _normal(g, *sizes[:-1])} | {k: _normal(g, *s) for k, s in shapes.items()}
+    return {"x": normal(g, *sizes[:-1])} | {k: normal(g, *s) for k, s in shapes.items()}
 
 
 @ex.cases
@@ -864,15 +855,15 @@ def _(g: torch.Generator) -> list[Case]:
         [[1.0], [-1]]
     )
     wide = _network(g, 2, 1, 2)  # gates around 200 and -200: exp of them is inf
-    wide["x"] = torch.tensor([[20.0], [-20.0]]) + _normal(g, 2, 1)
-    wide["w_gate"] = torch.tensor([[10.0, -8.0]]) + _normal(g, 1, 2)
+    wide["x"] = torch.tensor([[20.0], [-20.0]]) + normal(g, 2, 1)
+    wide["w_gate"] = torch.tensor([[10.0, -8.0]]) + normal(g, 1, 2)
     sizes = [(2, 2, 3), (3, 4), (3, 3, 3), (4, 5, 2), (1, 3, 1), (1, 2, 4, 4), (2, 2, 3, 2, 5)]
     others = [_network(g, *s) for s in [*sizes, (3, 3, 3, 3), (3, 4, 2, 6)]]
     return [smallest, wide, *others]
 
 
 def _small_network(seed: int) -> list[Tensor]:
-    return _some(seed, (2, 3, 4), (4, 5), (4, 5), (5, 4))
+    return some(seed, (2, 3, 4), (4, 5), (4, 5), (5, 4))
 
 
 @ex.behaviour("a gate of 0 closes every feature: with w_gate = 0 the result is 0")
@@ -1605,7 +1596,7 @@ def _(g: torch.Generator) -> list[Case]:
 
     def case(functions: tuple[Function, ...], *shape: int, **options: bool) -> Case:
         names = ("attention", "feed_forward", "norm_1", "norm_2")
-        return {"x": _normal(g, *shape), **dict(zip(names, functions, strict=True)), **options}
+        return {"x": normal(g, *shape), **dict(zip(names, functions, strict=True)), **options}
 
     return [
         case(by_hand, 1, 2, 2),
@@ -1632,48 +1623,48 @@ def ones(x: Tensor) -> Tensor:
 
 @ex.behaviour("pre-norm: sublayers that give 0 leave x as it is")
 def _(answer):
-    (x,) = _some(1, (2, 3, 4))
+    (x,) = some(1, (2, 3, 4))
     expect(answer(x, nothing, nothing, layer_normed, rms_normed), x)
 
 
 @ex.behaviour("pre-norm: attention reads norm_1(x), and its result is added to x")
 def _(answer):
-    (x,) = _some(2, (2, 3, 4))
+    (x,) = some(2, (2, 3, 4))
     got = answer(x, look_back, nothing, layer_normed, rms_normed)
     expect(got, x + look_back(layer_normed(x)))
 
 
 @ex.behaviour("pre-norm: feed_forward reads norm_2 of what attention has added to")
 def _(answer):
-    (x,) = _some(3, (2, 3, 4))
+    (x,) = some(3, (2, 3, 4))
     got = answer(x, ones, gated, layer_normed, rms_normed)
     expect(got, x + 1 + gated(rms_normed(x + 1)))
 
 
 @ex.behaviour("post-norm: with sublayers that give 0 the result is norm_2(norm_1(x))")
 def _(answer):
-    (x,) = _some(4, (2, 3, 4))
+    (x,) = some(4, (2, 3, 4))
     got = answer(x, nothing, nothing, layer_normed, rms_normed, norm_first=False)
     expect(got, rms_normed(layer_normed(x)))
 
 
 @ex.behaviour("post-norm: attention reads x, and the sum of both is normalised")
 def _(answer):
-    (x,) = _some(5, (2, 3, 4))
+    (x,) = some(5, (2, 3, 4))
     got = answer(x, look_back, nothing, layer_normed, rms_normed, norm_first=False)
     expect(got, rms_normed(layer_normed(x + look_back(x))))
 
 
 @ex.behaviour("post-norm: the last thing that happens is norm_2")
 def _(answer):
-    (x,) = _some(6, (2, 3, 4))
+    (x,) = some(6, (2, 3, 4))
     got = answer(x, look_back, gated, layer_normed, ones, norm_first=False)
     expect(got, torch.ones(2, 3, 4))
 
 
 @ex.behaviour("if attention looks back only, a later token cannot change an earlier output")
 def _(answer):
-    (x,) = _some(7, (2, 4, 3))
+    (x,) = some(7, (2, 4, 3))
     functions = (look_back, gated, layer_normed, rms_normed)
     later = x.clone()
     later[:, 3] += 2
