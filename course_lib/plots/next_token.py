@@ -65,7 +65,8 @@ class NextToken(Panel):
 
     def _add_controls(self, prompt: str, vocab: int) -> None:
         w = need("ipywidgets")
-        wide = {"continuous_update": False, "layout": w.Layout(width="420px")}
+        style = {"description_width": "90px"}  # "temperature" in full
+        wide = {"continuous_update": False, "layout": w.Layout(width="420px"), "style": style}
         self.text = w.Text(value=prompt, description="prompt", **wide)
         self.temperature = w.FloatSlider(1.0, min=0.0, max=2.0, step=0.1, **wide)
         self.top_k = w.IntSlider(vocab, min=1, max=vocab, **wide)
