@@ -112,18 +112,18 @@ RUNNERS = [
         "rate", "learning rate 4e-3, linear decay to 0", "recipe", 1000, 12, adamw=4e-3,
         loop={**LINEAR, "warmup": 50, "clip": 1.0},
     ),
-    Runner("muon", "Muon for matrices", "recipe", 340, 16, muon=0.03, adamw=0.01, loop=LINEAR),
+    Runner("muon", "Muon for matrices", "recipe", 380, 16, muon=0.04, adamw=0.006, loop=LINEAR),
     Runner(
-        "modern", "rotary positions, squared ReLU, outputs from zero, free head", "plain", 240, 16,
+        "modern", "rotary positions, squared ReLU, outputs from zero, free head", "plain", 255, 16,
         MODERN, muon=0.03, adamw=0.03, loop=LINEAR,
     ),
     Runner(
-        "shallow", "2 layers", "plain", 300, 16, {**MODERN, "num_layers": 2}, muon=0.03,
+        "shallow", "2 layers", "plain", 350, 16, {**MODERN, "num_layers": 2}, muon=0.03,
         adamw=0.03, loop=LINEAR,
     ),
     Runner(
-        "smear", "2 layers of 96, embeddings mixed with their 3 predecessors", "open", 230, 16,
-        {**MODERN, "num_layers": 2, "d_model": 96}, smear=3, muon=0.03, adamw=0.03, loop=LINEAR,
+        "smear", "2 layers of 96, embeddings mixed with their 3 predecessors", "open", 280, 16,
+        {**MODERN, "num_layers": 2, "d_model": 96, "num_heads": 2}, smear=3, muon=0.03, adamw=0.03, loop=LINEAR,
     ),
 ]  # fmt: skip
 
