@@ -123,7 +123,8 @@ RUNNERS = [
     ),
     Runner(
         "smear", "2 layers of 96, embeddings mixed with their 3 predecessors", "open", 280, 16,
-        {**MODERN, "num_layers": 2, "d_model": 96, "num_heads": 2}, smear=3, muon=0.03, adamw=0.03, loop=LINEAR,
+        {**MODERN, "num_layers": 2, "d_model": 96, "num_heads": 2}, smear=3, muon=0.03,
+        adamw=0.03, loop=LINEAR,
     ),
 ]  # fmt: skip
 
