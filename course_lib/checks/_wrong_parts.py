@@ -1,4 +1,4 @@
-"""Wrong parts of attention that several exercises share: scales, normalisations, masks, mixtures.
+"""Wrong parts that several exercises share: scales, normalisations, masks, mixtures, losses.
 
 `ex.mistakes_from(SCALES, "attention", build)` makes a mistake of each; `build(part)` is a whole
 answer with that part in it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..grading.exercise import Mistake
@@ -319,5 +320,86 @@ MASKINGS = [
         "Later keys are hidden and the mask you were given has no effect.",
         "Where does `mask` enter?",
         lambda s, m: filled(s, torch.ones(s.shape[-2:], dtype=torch.bool).tril()),
+    ),
+]
+
+
+def chosen(scores: Tensor, targets: Tensor) -> Tensor:
+    """The score of each target: (batch, n, V) at (batch, n) -> (batch, n)."""
+    return scores.gather(-1, targets[..., None])[..., 0]
+
+
+def per_token(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each token, as it should be: (batch, n)."""
+    return -chosen(logits.log_softmax(-1), targets)
+
+
+# What a token costs: (logits (batch, n, V), targets (batch, n)) -> losses (batch, n).
+CROSS_ENTROPIES = [
+    Mistake(
+        "without softmax",
+        "The logits are taken for log-probabilities.",
+        "What turns logits into log-probabilities?",
+        lambda x, t: -chosen(x, t),
+    ),
+    Mistake(
+        "with softmax applied twice",
+        "`F.cross_entropy` and `log_softmax` take logits, not probabilities.",
+        "How often is softmax applied from the logits to the loss?",
+        lambda x, t: per_token(x.softmax(-1), t),
+    ),
+    Mistake(
+        "with the probability instead of its logarithm",
+        "The logarithm is missing; `F.nll_loss` does not take it either.",
+        "What stands between the minus sign and softmax in the formula?",
+        lambda x, t: -chosen(x.softmax(-1), t),
+    ),
+    Mistake(
+        "as one minus the probability",
+        "The logarithm is missing.",
+        "What stands between the minus sign and softmax in the formula?",
+        lambda x, t: 1 - chosen(x.softmax(-1), t),
+    ),
+    Mistake(
+        "with softmax over the positions",
+        "The positions of a row compete with one another instead of the tokens.",
+        "Along which dimension of (batch, n, V) do the tokens of the vocabulary lie?",
+        lambda x, t: -chosen(x.log_softmax(1), t),
+    ),
+    Mistake(
+        "with softmax over the batch",
+        "The rows compete with one another instead of the tokens.",
+        "Along which dimension of (batch, n, V) do the tokens of the vocabulary lie?",
+        lambda x, t: -chosen(x.log_softmax(0), t),
+    ),
+    Mistake(
+        "with the logits reshaped to (batch, V, n) instead of transposed",
+        "`view` and `reshape` read the same numbers into other rows: positions are torn up.",
+        "Which call swaps two dimensions?",
+        lambda x, t: F.cross_entropy(x.reshape(x.mT.shape), t, reduction="none"),
+    ),
+    Mistake(
+        "with exp of the raw logits",
+        "exp of a large logit is inf.",
+        "Which function gives log Σ exp in one step, without overflow?",
+        lambda x, t: x.exp().sum(-1).log() - chosen(x, t),
+    ),
+    Mistake(
+        "with the logarithm of a softmax that has underflowed",
+        "Softmax of an unlikely token is 0 in float32, and log 0 is -inf.",
+        "Which function computes the logarithm of softmax in one step?",
+        lambda x, t: -chosen(x.softmax(-1).log(), t),
+    ),
+    Mistake(
+        "with a small number added before the logarithm",
+        "An unlikely token costs no more than -log of that number.",
+        "Which function computes the logarithm of softmax in one step?",
+        lambda x, t: -chosen((x.softmax(-1) + 1e-9).log(), t),
+    ),
+    Mistake(
+        "as squared distance from the one-hot target",
+        "That is the Brier score, not the cross-entropy.",
+        "Where is the logarithm?",
+        lambda x, t: (x.softmax(-1) - F.one_hot(t, x.shape[-1])).square().sum(-1),
     ),
 ]

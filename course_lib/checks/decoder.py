@@ -11,7 +11,15 @@ from torch import Tensor
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import Broken, expect
 from ._inputs import normal
-from ._wrong_parts import MASKINGS, NORMALISATIONS, SCALES, visible_softmax
+from ._wrong_parts import (
+    CROSS_ENTROPIES,
+    MASKINGS,
+    NORMALISATIONS,
+    SCALES,
+    chosen,
+    per_token,
+    visible_softmax,
+)
 
 INF = math.inf
 
@@ -438,16 +446,7 @@ def _(answer):
     expect(answer.on(case), torch.tensor(0.0), case=case)
 
 
-def _chosen(scores: Tensor, targets: Tensor) -> Tensor:
-    """The score of each target: (batch, n, V) at (batch, n) -> (batch, n)."""
-    return scores.gather(-1, targets[..., None])[..., 0]
-
-
-def _per_token(logits: Tensor, targets: Tensor) -> Tensor:
-    return -_chosen(logits.log_softmax(-1), targets)
-
-
-def _loss(token: Function = _per_token, reduce: Function | None = None) -> Function:
+def _loss(token: Function = per_token, reduce: Function | None = None) -> Function:
     """The loss with another cost of a token, or another mean."""
 
     def function(logits, targets):
@@ -466,83 +465,24 @@ LEFT_OUT = "Is a target of -100 left out of the sum, and of N?"
 
 # (logits, targets without -100) -> losses (batch, n)
 TOKENS = [
-    Mistake(
-        "without softmax",
-        "The logits are taken for log-probabilities.",
-        SOFTMAX,
-        lambda x, t: -_chosen(x, t),
-    ),
-    Mistake(
-        "with softmax applied twice",
-        "`F.cross_entropy` and `log_softmax` take logits, not probabilities.",
-        "How often is softmax applied from the logits to the loss?",
-        lambda x, t: _per_token(x.softmax(-1), t),
-    ),
-    Mistake(
-        "with the probability instead of its logarithm",
-        "The logarithm is missing; `F.nll_loss` does not take it either.",
-        "What stands between the minus sign and softmax in the formula?",
-        lambda x, t: -_chosen(x.softmax(-1), t),
-    ),
-    Mistake(
-        "as one minus the probability",
-        "The logarithm is missing.",
-        "What stands between the minus sign and softmax in the formula?",
-        lambda x, t: 1 - _chosen(x.softmax(-1), t),
-    ),
-    Mistake(
-        "with softmax over the positions",
-        "The positions of a row compete with one another instead of the tokens.",
-        DIMENSION,
-        lambda x, t: -_chosen(x.log_softmax(1), t),
-    ),
-    Mistake(
-        "with softmax over the batch",
-        "The rows compete with one another instead of the tokens.",
-        DIMENSION,
-        lambda x, t: -_chosen(x.log_softmax(0), t),
-    ),
-    Mistake(
-        "with the logits reshaped to (batch, V, n) instead of transposed",
-        "`view` and `reshape` read the same numbers into other rows: positions are torn up.",
-        "Which call swaps two dimensions?",
-        lambda x, t: F.cross_entropy(x.reshape(x.mT.shape), t, reduction="none"),
-    ),
-    Mistake(
-        "with exp of the raw logits",
-        "exp of a large logit is inf.",
-        STABLE,
-        lambda x, t: x.exp().sum(-1).log() - _chosen(x, t),
-    ),
-    Mistake(
-        "with the logarithm of a softmax that has underflowed",
-        "Softmax of an unlikely token is 0 in float32, and log 0 is -inf.",
-        "Which function computes the logarithm of softmax in one step?",
-        lambda x, t: -_chosen(x.softmax(-1).log(), t),
-    ),
-    Mistake(
-        "with a small number added before the logarithm",
-        "An unlikely token costs no more than -log of that number.",
-        "Which function computes the logarithm of softmax in one step?",
-        lambda x, t: -_chosen((x.softmax(-1) + 1e-9).log(), t),
-    ),
+    *CROSS_ENTROPIES,
     Mistake(
         "with one maximum for the whole tensor",
         "A position far below another one's maximum underflows to log 0.",
         "Does each position subtract its own maximum?",
-        lambda x, t: (x - x.max()).exp().sum(-1).log() - _chosen(x - x.max(), t),
+        lambda x, t: (x - x.max()).exp().sum(-1).log() - chosen(x - x.max(), t),
     ),
     Mistake(
         "with the maximum subtracted in the sum alone",
         "What is taken out of the exponent must be put back, or be taken off the target's logit.",
         "Is the maximum subtracted from both terms?",
-        lambda x, t: (x - x.amax(-1, keepdim=True)).logsumexp(-1) - _chosen(x, t),
+        lambda x, t: (x - x.amax(-1, keepdim=True)).logsumexp(-1) - chosen(x, t),
     ),
     Mistake(
         "averaged over the vocabulary too",
         "A product with a one-hot target is V numbers, of which one counts: they are to be summed.",
         "Over which dimension do you take the mean, and over which the sum?",
-        lambda x, t: _per_token(x, t) / x.shape[-1],
+        lambda x, t: per_token(x, t) / x.shape[-1],
     ),
     Mistake(
         "of all tokens of the vocabulary instead of the target",
@@ -567,12 +507,6 @@ TOKENS = [
         "argmax has no useful gradient, and it does not see how sure the model is.",
         "Which quantity of the formula says how sure the model is?",
         lambda x, t: (x.argmax(-1) != t).to(x.dtype),
-    ),
-    Mistake(
-        "as squared distance from the one-hot target",
-        "That is the Brier score, not the cross-entropy.",
-        "Where is the logarithm?",
-        lambda x, t: (x.softmax(-1) - F.one_hot(t, x.shape[-1])).square().sum(-1),
     ),
 ]
 
@@ -680,7 +614,7 @@ ex.mistake(
     "the loss with token 0 left out too",
     "0 is a token like any other here, not padding.",
     "Which targets are left out?",
-)(lambda x, t: _per_token(x, t.clamp(min=0))[t > 0].mean())
+)(lambda x, t: per_token(x, t.clamp(min=0))[t > 0].mean())
 ex.mistake(
     "the loss with every position held against all targets",
     "`x[:, targets]` picks those columns in every row: an N by N table.",

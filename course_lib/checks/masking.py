@@ -12,11 +12,13 @@ from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import Broken, expect
 from ._inputs import normal, some
 from ._wrong_parts import (
+    CROSS_ENTROPIES,
     MASKINGS,
     MIXTURES,
     NORMALISATIONS,
     SCALES,
     filled,
+    per_token,
     visible_softmax,
 )
 
@@ -1723,16 +1725,6 @@ def _(answer):
     expect(answer.on(case), torch.tensor(2000.0), case=case)
 
 
-def _per_token(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each token, (batch, n)."""
-    return F.cross_entropy(logits.mT, targets, reduction="none")
-
-
-def _chosen(values: Tensor, targets: Tensor) -> Tensor:
-    """What each token's V values say about its target, (batch, n)."""
-    return values.gather(-1, targets[..., None])[..., 0]
-
-
 def _loss(*, real=None, reduce=None, token=None) -> Function:
     """The loss with one part replaced.
 
@@ -1744,7 +1736,7 @@ def _loss(*, real=None, reduce=None, token=None) -> Function:
         n = targets.shape[1]
         chosen = real or (lambda at, lengths, n: at < lengths)
         where = chosen(torch.arange(n), lengths[:, None], n)
-        losses = (token or _per_token)(logits, targets)
+        losses = (token or per_token)(logits, targets)
         return reduce(losses, where) if reduce else losses[where].mean()
 
     return function
@@ -1840,74 +1832,12 @@ REDUCTIONS = [
 ]
 
 TOKENS = [
-    Mistake(
-        "without softmax",
-        "The logits themselves are taken for log-probabilities.",
-        "What turns logits into log-probabilities?",
-        lambda logits, targets: -_chosen(logits, targets),
-    ),
-    Mistake(
-        "with softmax applied twice",
-        "`F.cross_entropy` takes logits and applies log-softmax itself.",
-        "What does `F.cross_entropy` expect: logits or probabilities?",
-        lambda logits, targets: _per_token(logits.softmax(-1), targets),
-    ),
-    Mistake(
-        "with the probability instead of its logarithm",
-        "The logarithm is missing.",
-        "What stands between the minus sign and softmax in the formula?",
-        lambda logits, targets: -_chosen(logits.softmax(-1), targets),
-    ),
-    Mistake(
-        "as one minus the probability",
-        "The logarithm is missing.",
-        "What stands between the minus sign and softmax in the formula?",
-        lambda logits, targets: 1 - _chosen(logits.softmax(-1), targets),
-    ),
-    Mistake(
-        "with softmax over the positions",
-        "The positions of a row compete with one another instead of the classes.",
-        "Along which dimension of (batch, n, V) do the classes lie?",
-        lambda logits, targets: -_chosen(logits.log_softmax(1), targets),
-    ),
-    Mistake(
-        "with softmax over the batch",
-        "The rows compete with one another instead of the classes.",
-        "Along which dimension of (batch, n, V) do the classes lie?",
-        lambda logits, targets: -_chosen(logits.log_softmax(0), targets),
-    ),
-    Mistake(
-        "with the logits reshaped to (batch, V, n) instead of transposed",
-        "`view` and `reshape` read the same numbers row by row into another shape: tokens are torn "
-        "up.",
-        "Which call swaps two dimensions?",
-        lambda logits, targets: F.cross_entropy(
-            logits.reshape(logits.mT.shape), targets, reduction="none"
-        ),
-    ),
-    Mistake(
-        "with the logarithm of a softmax that has underflowed",
-        "Softmax of an unlikely class is 0 in float32, and log 0 is -inf.",
-        "Which function computes the logarithm of softmax in one step?",
-        lambda logits, targets: -_chosen(logits.softmax(-1).log(), targets),
-    ),
-    Mistake(
-        "with a small number added before the logarithm",
-        "An unlikely class costs no more than -log of that number.",
-        "Which function computes the logarithm of softmax in one step?",
-        lambda logits, targets: -_chosen((logits.softmax(-1) + 1e-9).log(), targets),
-    ),
-    Mistake(
-        "with exp of the raw logits",
-        "exp of a large logit is inf.",
-        "What may be subtracted from all logits of a token without changing the result?",
-        lambda logits, targets: logits.exp().sum(-1).log() - _chosen(logits, targets),
-    ),
+    *CROSS_ENTROPIES,
     Mistake(
         "averaged over the classes too",
         "A product with a one-hot target is V numbers, of which one counts: they are to be summed.",
         "Over which dimension do you take the mean, and over which the sum?",
-        lambda logits, targets: _per_token(logits, targets) / logits.shape[-1],
+        lambda logits, targets: per_token(logits, targets) / logits.shape[-1],
     ),
     Mistake(
         "with a yes or no for every class",
@@ -1916,14 +1846,6 @@ TOKENS = [
         lambda logits, targets: F.binary_cross_entropy_with_logits(
             logits, F.one_hot(targets, logits.shape[-1]).to(logits.dtype), reduction="none"
         ).mean(-1),
-    ),
-    Mistake(
-        "as squared distance from the one-hot target",
-        "That is the Brier score, not the cross-entropy.",
-        "Where is the logarithm?",
-        lambda logits, targets: (
-            (logits.softmax(-1) - F.one_hot(targets, logits.shape[-1])).square().sum(-1)
-        ),
     ),
     Mistake(
         "as the share of wrong answers",
@@ -1951,7 +1873,7 @@ ex.mistake(
     "targets[b, i] belongs to logits[b, i]; the shift to the next token has been done already.",
     "Which target is the answer to the logits at position 0?",
 )(
-    lambda x, t, lengths: _per_token(x[:, :-1], t[:, 1:])[
+    lambda x, t, lengths: per_token(x[:, :-1], t[:, 1:])[
         torch.arange(1, t.shape[1]) < lengths[:, None]
     ].mean()
 )
@@ -1959,18 +1881,18 @@ ex.mistake(
     "the loss with the logits of the padding set to 0, and counted",
     "Equal logits cost log V each.",
     "Is a padded position left out, or is it a position with other logits?",
-)(lambda x, t, lengths: _per_token(x * _is_real(lengths, t.shape[1])[..., None], t).mean())
+)(lambda x, t, lengths: per_token(x * _is_real(lengths, t.shape[1])[..., None], t).mean())
 ex.mistake(
     "the loss with the targets of the padding set to 0, and counted",
     "0 is a class like any other: the model is asked to predict it at every padded position.",
     "Is a padded position left out, or is it a position with another target?",
-)(lambda x, t, lengths: _per_token(x, t * _is_real(lengths, t.shape[1])).mean())
+)(lambda x, t, lengths: per_token(x, t * _is_real(lengths, t.shape[1])).mean())
 ex.mistake(
     "the loss with the logits of the padding set to -inf",
     "Softmax of nothing but -inf is 0 / 0.",
     "Is a padded position left out, or is it a position with other logits?",
 )(
-    lambda x, t, lengths: _per_token(
+    lambda x, t, lengths: per_token(
         x.masked_fill(~_is_real(lengths, t.shape[1])[..., None], -INF), t
     ).mean()
 )
