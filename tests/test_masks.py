@@ -267,6 +267,70 @@ def test_the_patterns_of_a_mask_do_not_grow_with_the_length():
     assert short == long <= 12
 
 
+@settings(max_examples=100)
+@given(placed_rules(least=1), st.integers(1, 5), st.integers(1, 5))
+def test_what_is_known_of_a_rectangle_is_true_of_all_its_pairs(placed, bq, bk):
+    rule, (_, _, n_q, n_k) = placed
+    rows, columns = (
+        torch.tensor([[i, min(i + size, n) - 1] for i in range(0, n, size)])
+        for n, size in ((n_q, bq), (n_k, bk))
+    )
+    dense = rule.mask.dense(n_q, n_k)
+    maybe, surely = rule.mask.rectangles(n_q, n_k, rows, columns)
+    shape = (*dense.shape[:2], len(rows), len(columns))
+    maybe, surely = maybe.expand(shape), surely.expand(shape)
+    assert not (surely & ~maybe).any()
+    for r, (i0, i1) in enumerate(rows.tolist()):
+        for c, (j0, j1) in enumerate(columns.tolist()):
+            pairs = dense[:, :, i0 : i1 + 1, j0 : j1 + 1].flatten(2)
+            assert (maybe[:, :, r, c] | ~pairs.any(-1)).all()
+            assert (~surely[:, :, r, c] | pairs.all(-1)).all()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.causal(),
+        masks.sliding_window(300, 5) & masks.causal(),
+        ~masks.longformer(100, [0, 5000]),
+        masks.bigbird(64) | masks.prefix([700]),
+        masks.documents(torch.arange(8192)[None] // 1000),
+    ],
+    ids=repr,
+)
+def test_tiles_of_a_long_sequence_look_at_few_pairs(mask, monkeypatch):
+    looked_at = []
+    plain = type(mask).mask_mod
+
+    def counting(self, *args):
+        rule = plain(self, *args)
+
+        def look(b, h, i, j):
+            looked_at.append(torch.broadcast_shapes(*(x.shape for x in (b, h, i, j))).numel())
+            return rule(b, h, i, j)
+
+        return look
+
+    monkeypatch.setattr(type(mask), "mask_mod", counting)
+    mask.tiles(8192, 8192, 128, 128)
+    assert sum(looked_at) < 8192**2 / 8
+
+
+def test_the_rows_of_some_queries_are_those_of_the_dense_mask():
+    mask, queries = masks.padding([5, 9]) & masks.causal(), torch.tensor([3, 0, 3])
+    assert torch.equal(mask.rows(queries, 6, 9), mask.dense(6, 9)[:, :, queries])
+
+
+def test_a_table_of_tiles_says_what_the_lists_say():
+    tiles = (masks.causal() & masks.padding([3, 9])).tiles(8, 8, 4, 4)
+    assert tiles.table().tolist() == [[[[1, -1], [2, -1]]], [[[3, -1], [0, 3]]]]
+    assert [rows.tolist()[0] for rows in tiles.patterns.int()] == [
+        [1, 0, 0, 0],
+        [1, 1, 1, 0],
+        [1, 0, 0, 0],
+    ]
+
+
 def test_bad_tile_sizes_are_refused():
     with pytest.raises(ValueError, match="block_k must be a positive int, got 0"):
         masks.causal().tiles(4, 4, block_q=1, block_k=0)

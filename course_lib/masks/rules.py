@@ -1,21 +1,4 @@
-"""Who may look at whom: one `Mask` type that every attention backend reads.
-
-A mask is a *rule*, not a matrix. It answers one question, "may this query look at this key?",
-for any batch element, head, query position and key position. Backends ask it for the form they
-need: `dense` for the reference and SDPA, `mask_mod` and `block_mask` for FlexAttention, `tiles`
-for blockwise code. Rules combine with `&`, `|` and `~`.
-
-**True = may attend**, everywhere.
-
-Positions are aligned at the **bottom right**: with n_q queries and n_k keys, query i stands at
-position i + n_k - n_q of the keys' sequence. The last query sits on the last key, which is what
-decoding with a key/value cache needs.
-
-    >>> (causal() & padding([2, 3])).dense(3, 3)[0, 0].int()
-    tensor([[1, 0, 0],
-            [1, 1, 0],
-            [1, 1, 0]], dtype=torch.int32)
-"""
+"""The rules themselves, and how they combine."""
 
 from __future__ import annotations
 
@@ -24,27 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .tiles import Tiles, build_tiles
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-__all__ = [
-    "Mask",
-    "Tiles",
-    "bigbird",
-    "causal",
-    "documents",
-    "from_dense",
-    "longformer",
-    "padding",
-    "prefix",
-    "sliding_window",
-]
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query index, key index) -> bool; integer tensors that broadcast together."""
@@ -80,6 +51,17 @@ class Mask:
         rule = self.mask_mod(_length("n_q", n_q), _length("n_k", n_k), device)
         return self._evaluate(rule, torch.arange(n_q, device=device), n_k, device)
 
+    def rows(
+        self,
+        queries: Int[Tensor, " queries"],
+        n_q: int,
+        n_k: int,
+        device: torch.device | str | None = None,
+    ) -> Bool[Tensor, "batch_or_1 heads_or_1 queries n_k"]:
+        """`dense(n_q, n_k)[:, :, queries]`, without writing out the others."""
+        rule = self.mask_mod(_length("n_q", n_q), _length("n_k", n_k), device)
+        return self._evaluate(rule, queries.to(device), n_k, device)
+
     def block_mask(
         self,
         n_q: int,
@@ -110,13 +92,31 @@ class Mask:
     ) -> Tiles:
         """Which block_q x block_k tiles are empty, full or partial: what blockwise kernels read.
 
-        Works one row of tiles at a time, so memory grows with n_k and not with n_q * n_k. Lengths
-        need not be multiples of the block sizes; positions beyond the end do not count.
+        Looks only at the pairs of tiles that `rectangles` leaves open. Lengths need not be
+        multiples of the block sizes; positions beyond the end do not count.
         """
         for name, size in (("block_q", block_q), ("block_k", block_k)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive int, got {size!r}")
-        return _build_tiles(self, n_q, n_k, block_q, block_k, device)
+        return build_tiles(self, _length("n_q", n_q), _length("n_k", n_k), block_q, block_k, device)
+
+    def rectangles(
+        self,
+        n_q: int,
+        n_k: int,
+        rows: Int[Tensor, "rows 2"],
+        columns: Int[Tensor, "columns 2"],
+    ) -> tuple[Tensor, Tensor]:
+        """What is known of whole rectangles: may any pair be visible, and are all of them?
+
+        Rectangle (r, c) holds the queries from rows[r, 0] to rows[r, 1] and the keys from
+        columns[c, 0] to columns[c, 1], both included. Two bool tensors that broadcast to
+        (batch or 1, heads or 1, rows, columns): where the first is False no pair is visible, where
+        the second is True all are; in between somebody has to look. It costs nothing per pair, so
+        that tiles of long sequences are found without walking through n_q * n_k pairs.
+        """
+        unknown = torch.ones(1, 1, len(rows), len(columns), dtype=torch.bool, device=rows.device)
+        return unknown, ~unknown
 
     def _evaluate(
         self, rule: MaskMod, queries: Tensor, n_k: int, device: torch.device | str | None
@@ -162,6 +162,13 @@ class Causal(Mask):
         shift = n_k - n_q
         return lambda b, h, i, j: j <= i + shift
 
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (i0, i1), (j0, j1) = _ends(rows, columns)
+        shift = n_k - n_q
+        return j0 <= i1 + shift, j1 <= i0 + shift
+
     def __repr__(self) -> str:
         return "causal()"
 
@@ -177,6 +184,13 @@ class SlidingWindow(Mask):
         shift = n_k - n_q
         left, right = shift - self.left, shift + self.right
         return lambda b, h, i, j: (i + left <= j) & (j <= i + right)
+
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (i0, i1), (j0, j1) = _ends(rows, columns)
+        left, right = n_k - n_q - self.left, n_k - n_q + self.right
+        return (i0 + left <= j1) & (j0 <= i1 + right), (i1 + left <= j0) & (j1 <= i0 + right)
 
     def __repr__(self) -> str:
         return f"sliding_window(left={self.left}, right={self.right})"
@@ -196,6 +210,13 @@ class Padding(Mask):
         lengths = self.lengths.to(device)
         return lambda b, h, i, j: j < lengths[b]
 
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        lengths = self.lengths.to(rows.device).view(-1, 1, 1, 1)
+        _, (j0, j1) = _ends(rows, columns)
+        return j0 < lengths, j1 < lengths
+
     def __repr__(self) -> str:
         return f"padding({self.lengths.tolist()})"
 
@@ -213,6 +234,11 @@ class Prefix(Mask):
     def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
         lengths, shift = self.lengths.to(device), n_k - n_q
         return lambda b, h, i, j: (j < lengths[b]) | (j <= i + shift)
+
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return (Padding(self.lengths) | Causal()).rectangles(n_q, n_k, rows, columns)
 
     def __repr__(self) -> str:
         return f"prefix({self.lengths.tolist()})"
@@ -238,6 +264,15 @@ class Documents(Mask):
         ids, shift = self.ids.to(device), n_k - n_q
         return lambda b, h, i, j: ids[b, i + shift] == ids[b, j]
 
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ids = self.ids.to(rows.device)
+        q_least, q_most = (x[:, None, :, None] for x in _extremes(ids, rows + n_k - n_q))
+        k_least, k_most = (x[:, None, None, :] for x in _extremes(ids, columns))
+        overlap = (q_least <= k_most) & (k_least <= q_most)
+        return overlap, overlap & (q_least == q_most) & (k_least == k_most)
+
     def __repr__(self) -> str:
         return f"documents(ids of shape {tuple(self.ids.shape)})"
 
@@ -261,6 +296,17 @@ class Longformer(Mask):
         of_query = F.pad(of_key, (n_q - n_k, 0))  # (batch or 1, n_q)
         step = 0 if self.batch_size is None else 1  # one row of flags serves the whole batch
         return lambda b, h, i, j: near(b, h, i, j) | of_query[b * step, i] | of_key[b * step, j]
+
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        of_key = self._flags(n_k).to(rows.device).int()
+        of_query = F.pad(of_key, (n_q - n_k, 0))
+        q_all, q_any = (x[:, None, :, None] > 0 for x in _extremes(of_query, rows))
+        k_all, k_any = (x[:, None, None, :] > 0 for x in _extremes(of_key, columns))
+        window = sliding_window(self.window, self.window)
+        maybe, surely = window.rectangles(n_q, n_k, rows, columns)
+        return maybe | q_any | k_any, surely | q_all | k_all
 
     def _flags(self, n_k: int) -> Tensor:
         """Bool (batch or 1, n_k): which positions are global."""
@@ -302,6 +348,18 @@ class BigBird(Mask):
         table = self.block_table(math.ceil(n_k / self.block_size)).to(device)
         shift, size = n_k - n_q, self.block_size
         return lambda b, h, i, j: table[(i + shift) // size, j // size]
+
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        table = self.block_table(math.ceil(n_k / self.block_size)).to(rows.device)
+        (a, b), (c, d) = ((rows + n_k - n_q) // self.block_size).mT, (columns // self.block_size).mT
+        # How many blocks are visible in each rectangle of blocks, from sums over its corners.
+        corner = F.pad(table.long().cumsum(0).cumsum(1), (1, 0, 1, 0))
+        above, below = corner[a], corner[b + 1]  # (rows, blocks + 1)
+        visible = below[:, d + 1] - above[:, d + 1] - below[:, c] + above[:, c]  # (rows, columns)
+        area = (b + 1 - a)[:, None] * (d + 1 - c)[None, :]
+        return (visible > 0)[None, None], (visible == area)[None, None]
 
     def block_table(self, num_blocks: int) -> Bool[Tensor, "num_blocks num_blocks"]:
         """Which block of queries sees which block of keys; the same at every call."""
@@ -395,6 +453,14 @@ class _Combined(Mask):
             return lambda b, h, i, j: first(b, h, i, j) & second(b, h, i, j)
         return lambda b, h, i, j: first(b, h, i, j) | second(b, h, i, j)
 
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        first, second = (m.rectangles(n_q, n_k, rows, columns) for m in (self.first, self.second))
+        if self.operator == "&":
+            return first[0] & second[0], first[1] & second[1]
+        return first[0] | second[0], first[1] | second[1]
+
     def __repr__(self) -> str:
         return f"({self.first!r} {self.operator} {self.second!r})"
 
@@ -414,6 +480,12 @@ class _Not(Mask):
     def mask_mod(self, n_q: int, n_k: int, device: torch.device | str | None = None) -> MaskMod:
         inner = self.inner.mask_mod(n_q, n_k, device)
         return lambda b, h, i, j: ~inner(b, h, i, j)
+
+    def rectangles(
+        self, n_q: int, n_k: int, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        maybe, surely = self.inner.rectangles(n_q, n_k, rows, columns)
+        return ~surely, ~maybe
 
     def __repr__(self) -> str:
         return f"~{self.inner!r}"
@@ -544,108 +616,20 @@ def from_dense(tensor: Tensor) -> Mask:
     return FromDense(tensor if tensor.ndim == 4 else tensor[None, None])
 
 
-# --- tiles ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """A mask cut into tiles of block_q x block_k; empty tiles are in no list.
-
-    For batch element b, head h and row r of query tiles, the keys' tiles to visit are
-    `full[b, h, r, :num_full[b, h, r]]`, which need no masking, and
-    `partial[b, h, r, :num_partial[b, h, r]]`, where `patterns[pattern[b, h, r, k]]` says which
-    pairs of the k-th of them are visible. Most partial tiles of a real mask repeat (a causal mask
-    has one), so `patterns` is small. batch and heads are 1 where the rule does not depend on them.
-    Entries beyond the counts are 0.
-    """
-
-    n_q: int
-    n_k: int
-    block_q: int
-    block_k: int
-    num_full: Int[Tensor, "batch heads rows"]
-    full: Int[Tensor, "batch heads rows max_full"]
-    num_partial: Int[Tensor, "batch heads rows"]
-    partial: Int[Tensor, "batch heads rows max_partial"]
-    pattern: Int[Tensor, "batch heads rows max_partial"]
-    patterns: Bool[Tensor, "num_patterns block_q block_k"]
-
-    def dense(self) -> Bool[Tensor, "batch heads n_q n_k"]:
-        """The mask put together again: the inverse of `Mask.tiles`, for tests and pictures."""
-        batch, heads, rows = self.num_full.shape
-        columns = math.ceil(self.n_k / self.block_k)
-        device = self.full.device
-        whole = torch.zeros(
-            batch, heads, rows, columns, self.block_q, self.block_k, dtype=torch.bool, device=device
-        )
-        b, h, r, k = _listed(self.num_full, self.full.shape[-1])
-        whole[b, h, r, self.full[b, h, r, k].long()] = True
-        b, h, r, k = _listed(self.num_partial, self.partial.shape[-1])
-        seen = self.patterns[self.pattern[b, h, r, k].long()]
-        whole[b, h, r, self.partial[b, h, r, k].long()] = seen
-        # (b, h, rows, columns, block_q, block_k) -> (b, h, rows * block_q, columns * block_k)
-        whole = whole.transpose(3, 4).flatten(4).flatten(2, 3)
-        return whole[:, :, : self.n_q, : self.n_k]
-
-
-def _listed(count: Tensor, width: int) -> tuple[Tensor, ...]:
-    """The indices (batch, head, row, k) of the entries that the counts declare valid."""
-    valid = torch.arange(width, device=count.device) < count[..., None]
-    return valid.nonzero(as_tuple=True)
-
-
-def _build_tiles(
-    mask: Mask, n_q: int, n_k: int, block_q: int, block_k: int, device: torch.device | str | None
-) -> Tiles:
-    rule = mask.mask_mod(_length("n_q", n_q), _length("n_k", n_k), device)
-    shape = (*mask._sizes(), math.ceil(n_q / block_q))
-    full = torch.zeros(*shape, math.ceil(n_k / block_k), dtype=torch.bool, device=device)
-    partial, names = full.clone(), full.long()
-    known: dict[bytes, int] = {}  # the distinct partial tiles, numbered as they come
-    width = (n_k - torch.arange(0, n_k, block_k, device=device)).clamp(max=block_k)
-    for r in range(shape[2]):
-        queries = torch.arange(r * block_q, min((r + 1) * block_q, n_q), device=device)
-        row = _cut(mask._evaluate(rule, queries, n_k, device), block_q, block_k)
-        visible = row.sum((3, 4))  # (batch, heads, columns): pairs in each tile
-        full[:, :, r] = visible == len(queries) * width
-        partial[:, :, r] = (visible > 0) & ~full[:, :, r]
-        here = row[partial[:, :, r]].cpu().numpy()  # (how many, block_q, block_k)
-        numbers = [known.setdefault(tile.tobytes(), len(known)) for tile in here]
-        names[:, :, r][partial[:, :, r]] = torch.tensor(numbers, dtype=torch.long, device=device)
-    patterns = np.frombuffer(b"".join(known), dtype=bool).reshape(-1, block_q, block_k)
-    full_index, num_full = _compress(full)
-    partial_index, num_partial = _compress(partial)
-    pattern = names.gather(3, partial_index.long()).int()
-    return Tiles(
-        n_q=n_q, n_k=n_k, block_q=block_q, block_k=block_k,
-        num_full=num_full, full=full_index,
-        num_partial=num_partial, partial=partial_index, pattern=pattern,
-        patterns=torch.from_numpy(patterns.copy()).to(device),
-    )  # fmt: skip
-
-
-def _cut(visible: Tensor, block_q: int, block_k: int) -> Tensor:
-    """(batch, heads, rows <= block_q, n_k) -> (batch, heads, columns, block_q, block_k)."""
-    batch, heads, rows, n_k = visible.shape
-    columns = math.ceil(n_k / block_k)
-    room = torch.zeros(
-        batch, heads, block_q, columns * block_k, dtype=torch.bool, device=visible.device
-    )
-    room[:, :, :rows, :n_k] = visible
-    return room.view(batch, heads, block_q, columns, block_k).transpose(2, 3)
-
-
-def _compress(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool (..., columns) -> (the True columns in order, padded with 0; how many there are)."""
-    count = flags.sum(-1)
-    width = int(count.max()) if count.numel() else 0
-    columns = torch.arange(flags.shape[-1], device=flags.device).expand(flags.shape)
-    # Sorting with the unset columns pushed to the end keeps the set ones in order.
-    order = torch.where(flags, columns, flags.shape[-1]).sort(-1).values[..., :width]
-    return order.where(order < flags.shape[-1], 0).int(), count.int()
-
-
 # --- checks of arguments ----------------------------------------------------------------------
+
+
+def _ends(rows: Tensor, columns: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """First and last query (1, 1, rows, 1), first and last key (1, 1, 1, columns)."""
+    i0, i1 = rows.mT.view(2, 1, 1, -1, 1)
+    j0, j1 = columns.mT.view(2, 1, 1, 1, -1)
+    return (i0, i1), (j0, j1)
+
+
+def _extremes(values: Int[Tensor, "b n"], spans: Int[Tensor, "spans 2"]) -> tuple[Tensor, Tensor]:
+    """The least and the largest value in each span, (b, spans) each."""
+    ends = [values[:, first : last + 1].aminmax(dim=1) for first, last in spans.tolist()]
+    return torch.stack([e.min for e in ends], 1), torch.stack([e.max for e in ends], 1)
 
 
 def _as_mask(other: Mask | Tensor) -> Mask:
