@@ -166,3 +166,45 @@ def test_consecutive_batches_stop_at_the_limit():
         data.consecutive_batches(IDS, length=8, batch_size=5, limit=0)
     with pytest.raises(ValueError, match="ids has 100 characters"):
         data.consecutive_batches(IDS, length=100, batch_size=5)
+
+
+# --- every block once ----------------------------------------------------------------------------
+
+
+def shuffled(steps, seed=0, length=5, batch_size=3, ids=IDS):
+    g = torch.Generator().manual_seed(seed)
+    return list(
+        data.shuffled_batches(ids, length=length, batch_size=batch_size, steps=steps, generator=g)
+    )
+
+
+def test_shuffled_batches_read_no_character_twice_in_a_pass():
+    ids = torch.arange(103)
+    batches = shuffled(6, ids=ids)  # 19 blocks of 5, 3 at a time
+    seen = torch.cat([inputs for inputs, _ in batches]).flatten().tolist()
+    assert len(set(seen)) == len(seen) == 90
+    for inputs, targets in batches:
+        assert torch.equal(targets, inputs + 1)
+
+
+def test_shuffled_batches_begin_anew_elsewhere_when_the_text_is_through():
+    ids = torch.arange(103)
+    firsts = [batch[0][:, 0] % 5 for batch in shuffled(60, ids=ids)]
+    by_pass = [set(torch.cat(firsts[i : i + 6]).tolist()) for i in range(0, 60, 6)]
+    assert all(len(places) == 1 for places in by_pass)
+    assert len(set.union(*by_pass)) > 1
+
+
+def test_shuffled_batches_are_the_same_for_the_same_seed():
+    first, again, other = shuffled(4), shuffled(4), shuffled(4, seed=1)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
+
+
+def test_shuffled_batches_refuse_a_text_shorter_than_one_batch():
+    with pytest.raises(ValueError, match="ids must hold batch_size = 3 blocks of length 5"):
+        data.shuffled_batches(
+            torch.arange(19), length=5, batch_size=3, steps=1, generator=torch.Generator()
+        )
+    inputs, targets = shuffled(1, ids=torch.arange(20))[0]
+    assert inputs.shape == targets.shape == (3, 5)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from jaxtyping import Int
@@ -151,6 +152,40 @@ def random_batches(
         return _inputs_and_targets(places[starts.to(ids.device)])
 
     return (draw() for _ in range(steps))
+
+
+def shuffled_batches(
+    ids: Int[Tensor, " characters"],
+    *,
+    length: int,
+    batch_size: int,
+    steps: int,
+    generator: torch.Generator,
+) -> Iterator[Batch]:
+    """`steps` batches that read the whole text in random order before they read any of it again.
+
+    Each pass cuts the text into blocks anew, from a random first character. Arguments, result and
+    errors as in `random_batches`; the text must hold a batch of blocks.
+    """
+    _check_block(ids, length, batch_size)
+    blocks = (len(ids) - length) // length  # whichever character a pass begins with
+    if blocks < batch_size:
+        raise ValueError(
+            f"ids must hold batch_size = {batch_size} blocks of length {length} and one character "
+            f"more, got {len(ids)} characters"
+        )
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    places = ids.unfold(0, length + 1, 1)
+
+    def passes() -> Iterator[Batch]:
+        while True:
+            first = torch.randint(length, (1,), generator=generator)
+            starts = first + length * torch.randperm(blocks, generator=generator)
+            for chosen in starts[: blocks - blocks % batch_size].view(-1, batch_size):
+                yield _inputs_and_targets(places[chosen.to(ids.device)])
+
+    return islice(passes(), steps)
 
 
 def consecutive_batches(

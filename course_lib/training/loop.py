@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint as disk
@@ -42,6 +43,7 @@ def fit(
     warmup: int | None = None,
     final: float = 0.0,
     clip: float | None = 1.0,
+    autocast: torch.dtype | None = None,
     max_seconds: float | None = None,
     progress: bool = True,
     watch: Watch | None = None,
@@ -71,6 +73,8 @@ def fit(
         schedule, final: the learning rate after the warm-up, see `learning_rate_factor`.
         warmup: steps of linear warm-up; None takes a twentieth of `steps`.
         clip: largest allowed norm of the whole gradient; None does not clip.
+        autocast: a dtype for the products inside the model, as torch.bfloat16, see
+            `torch.autocast`; weights, loss and evaluation stay as they are. None: no autocast.
         max_seconds: stop after this much time, counted as in `History.seconds`.
         progress: show a bar with loss and time left on stdout, if tqdm is installed.
         watch: called with the history after each evaluation and at the end, as `plots.LiveLoss`.
@@ -90,13 +94,13 @@ def fit(
     learning_rate_factor(0, steps, warmup, schedule, final)  # an unknown schedule is refused now
     run = {
         "model": disk.describe(model), "steps": steps, "lr": lr, "warmup": warmup,
-        "schedule": schedule, "final": final, "clip": clip,
+        "schedule": schedule, "final": final, "clip": clip, "autocast": str(autocast),
         "optimizer": optimizer if isinstance(optimizer, str) else "given",
     }  # fmt: skip
     with world() as here, _finish_step_first(checkpoint is not None) as interrupted:
         state = _State(model, make_optimizers(optimizer, model, lr), here, run, log, checkpoint)
         state.evaluate, state.watch = _evaluation(validation, evaluate, loss), watch
-        update = _Update(here.wrap(model), model, state.optimizers, loss, clip, here)
+        update = _Update(here.wrap(model), model, state.optimizers, loss, clip, autocast, here)
         was_training = model.training
         done = len(state.history.step)
         with _bar(steps, progress and here.first, done) as bar:
@@ -175,16 +179,17 @@ class _Update:
         optimizers: list[Optimizer],
         loss: Loss,
         clip: float | None,
+        autocast: torch.dtype | None,
         here: World,
     ) -> None:
         self.wrapped, self.model, self.optimizers = wrapped, model, optimizers
         self.loss, self.clip, self.here = loss, clip, here
-        self.device = device_of(model)
+        self.autocast, self.device = autocast, device_of(model)
 
     def __call__(self, batch: Batch, step: int) -> float:
         self.model.train()
         (inputs, targets), weight = self.here.share(batch)
-        outputs = call(self.wrapped, inputs, self.device)
+        outputs = self._forward(inputs)
         value = self.loss(outputs, targets.to(self.device)) * weight
         number = self.here.mean(value)
         if not math.isfinite(number):
@@ -200,6 +205,13 @@ class _Update:
         for optimizer in self.optimizers:
             optimizer.step()
         return number
+
+    def _forward(self, inputs: Any) -> Any:
+        if self.autocast is None:
+            return call(self.wrapped, inputs, self.device)
+        with torch.autocast(self.device.type, self.autocast):
+            outputs = call(self.wrapped, inputs, self.device)
+        return outputs.float() if isinstance(outputs, Tensor) else outputs  # losses want digits
 
 
 def _take(batches: Iterable[Batch], steps: int, done: int) -> Iterator[Batch]:

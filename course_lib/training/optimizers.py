@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .muon import Muon
+
 Make = Callable[..., Optimizer | list[Optimizer]]
 
 
@@ -43,10 +45,7 @@ def make_optimizers(optimizer: str | Make, model: nn.Module, lr: float) -> list[
 
 def _muon(model: nn.Module, lr: float) -> list[Optimizer]:
     matrices, rest = split_parameters(model)
-    muon = torch.optim.Muon(
-        matrices, lr=lr, momentum=0.9, weight_decay=0.0, ns_steps=3, adjust_lr_fn="original"
-    )
-    return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)]
+    return [Muon(matrices, lr), torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)]
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ... import masks
+from ...masks.rules import Causal
 from .inputs import Inputs
 
 
@@ -29,7 +30,7 @@ def attention(inputs: Inputs) -> tuple[Float[Tensor, "batch heads n_q d_v"], Non
     n_q, n_k = inputs.lengths
     if inputs.all_visible:
         return _sdpa(inputs), None, None
-    is_causal = isinstance(inputs.mask, masks.Causal) and inputs.bias is None and n_q == n_k
+    is_causal = isinstance(inputs.mask, Causal) and inputs.bias is None and n_q == n_k
     if is_causal and inputs.scale > 0:  # its hidden scores are -inf · scale
         # SDPA's own causal mask is aligned at the top left: the same thing where n_q = n_k.
         output = _sdpa(inputs.isolated(), is_causal=True)
@@ -55,9 +56,14 @@ def attention(inputs: Inputs) -> tuple[Float[Tensor, "batch heads n_q d_v"], Non
 
 def _sdpa(inputs: Inputs, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     q, k, v = inputs.query, inputs.key, inputs.value
+    dtype = q.dtype
     if attn_mask is not None and attn_mask.is_floating_point():
         # SDPA wants one dtype, and rounding the bias to float16 would turn -1e9 into -inf.
-        q, k, v = (x.to(attn_mask.dtype) for x in (q, k, v))
+        dtype = attn_mask.dtype
+    elif inputs.needs_grad and q.device.type == "cpu":
+        # A CPU's backward pass in half precision takes several times as long as in float32.
+        dtype = torch.promote_types(dtype, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     # A constant: where torch.compile leaves the sizes open, a comparison of them is no plain bool.
     grouped = {"enable_gqa": True} if inputs.grouped else {}
     output = F.scaled_dot_product_attention(

@@ -1,11 +1,11 @@
-"""`rotary`: arguments checked, then the reference."""
+"""`rotary`: arguments checked, then one of two ways to say the same."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import as_complex, reference
 
 
 def rotary(
@@ -35,4 +35,6 @@ def rotary(
             f"{tuple(x.shape)}"
         )
     positions = torch.arange(offset, offset + x.shape[2], device=x.device)
+    if interleaved and not torch.compiler.is_compiling():  # compilers know no complex numbers
+        return as_complex.rotary(x, positions, base)
     return reference.rotary(x, positions, base, interleaved)
