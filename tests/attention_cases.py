@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from course_lib import masks
 
-BACKENDS = ("reference", "sdpa", "flex")
-DIFFERENTIABLE = ("reference", "sdpa")  # on a CPU
+BACKENDS = ("reference", "sdpa", "tiled", "flex")
+DIFFERENTIABLE = ("reference", "sdpa", "tiled")  # on a CPU
+TRACEABLE = ("reference", "sdpa")  # by torch.compile and others; differentiable too
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Sees = Callable[[int, int, int, int], bool]  # (batch, head, query, key)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import BACKENDS, DIFFERENTIABLE, qkv, randn
+from attention_cases import BACKENDS, DIFFERENTIABLE, TRACEABLE, qkv, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -14,6 +14,7 @@ from course_lib import attention, masks
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 differentiable = pytest.mark.parametrize("backend", DIFFERENTIABLE)
+traceable = pytest.mark.parametrize("backend", TRACEABLE)
 N = 6
 MASKS = {
     "none": None,
@@ -45,7 +46,7 @@ COMPILED_MASKS = {
 
 @pytest.mark.parametrize(
     ("backend", "name"),
-    [(b, name) for name in ("none", "causal", "longformer", "bigbird") for b in DIFFERENTIABLE][1:],
+    [(b, name) for name in ("none", "causal", "longformer", "bigbird") for b in TRACEABLE][1:],
 )
 def test_torch_compile_changes_nothing(backend, name, plain, compiled):
     q, k, v = (t.requires_grad_() for t in qkv(n_q=N, n_k=N))
@@ -102,7 +103,7 @@ def test_a_mask_may_be_built_inside_the_compiled_function(plain, compiled):
 
 
 @each_mask
-@differentiable
+@traceable
 def test_vmap_equals_a_loop(backend, mask):
     q, k, v = (torch.stack([t, 2 * t, -t]) for t in qkv(n_q=N, n_k=N))
 
@@ -115,7 +116,7 @@ def test_vmap_equals_a_loop(backend, mask):
     same(only_q, torch.stack([call(row, k[0], v[0]) for row in q]))
 
 
-@differentiable
+@traceable
 def test_vmap_over_masks_and_biases_equals_a_loop(backend):
     q, k, v = qkv(n_q=N, n_k=N)
     tables, biases = torch.stack([MASKS["tensor"], ~MASKS["tensor"]]), randn(2, N, N)
@@ -127,7 +128,7 @@ def test_vmap_over_masks_and_biases_equals_a_loop(backend):
     same(torch.func.vmap(call)(tables, biases), want)
 
 
-@differentiable
+@traceable
 def test_functional_gradients_equal_those_of_autograd(backend):
     q, k, v = qkv(n_q=N, n_k=N)
 
@@ -186,7 +187,7 @@ def test_a_mask_built_under_inference_mode_serves_training(backend):
     assert q.grad.isfinite().all()
 
 
-@differentiable
+@traceable
 @pytest.mark.parametrize("mask", [None, masks.causal(), masks.padding([3, 0])], ids=repr)
 def test_the_meta_device_tells_shapes_without_computing(backend, mask):
     q, k, v = (t.to("meta") for t in qkv())
@@ -195,7 +196,7 @@ def test_the_meta_device_tells_shapes_without_computing(backend, mask):
     assert output.shape == (2, 4, 5, 3)
 
 
-@differentiable
+@traceable
 def test_shapes_are_traced_without_looking_at_numbers(backend):
     q, k, v = qkv()
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from ...masks import Mask
-from . import flex, reference, sdpa
+from . import flex, reference, sdpa, tiled
 from .inputs import Inputs, check, no_autocast
 
-BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference, "flex": flex}
+BACKENDS: dict[str, ModuleType] = {
+    "sdpa": sdpa, "reference": reference, "tiled": tiled, "flex": flex,
+}  # fmt: skip
 """By preference of "auto" on a CPU; each module has `unsupported(inputs)`, `attention(inputs)`."""
 
 PLANNED = {
-    "tiled": "the blockwise PyTorch backend is not part of this version of course_lib",
     "triton": "the Triton backend is not part of this version of course_lib",
 }
 
@@ -99,7 +100,8 @@ def attention(
         dropout_p: probability of dropping a weight. Applied at every call: pass 0 when evaluating.
         return_weights: also return the weights (before dropout).
         return_lse: also return the log of the sum of exp(scores), natural logarithm.
-        backend: "auto", "reference", "sdpa" or "flex". One asked for by name never falls back.
+        backend: "auto", "reference", "sdpa", "tiled" or "flex". One asked for by name never falls
+            back.
         generator: source of the dropout's randomness; torch's default generator unless given.
 
     Returns:
@@ -151,9 +153,13 @@ def explain_backends(
 
 
 def _preference(inputs: Inputs) -> list[str]:
-    # On a GPU FlexAttention is fused and skips empty blocks; on a CPU it is a slow emulation.
-    order = list(BACKENDS)
-    return order if inputs.query.device.type == "cpu" else ["sdpa", "flex", "reference"]
+    # On a GPU FlexAttention is fused and skips empty blocks; on a CPU it is a slow emulation, and
+    # what skips them is "tiled".
+    if inputs.query.device.type != "cpu":
+        return ["sdpa", "flex", "reference", "tiled"]
+    if tiled.worth_it(inputs):
+        return ["tiled", "sdpa", "reference", "flex"]
+    return list(BACKENDS)
 
 
 def _reason(inputs: Inputs, name: str) -> str | None:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from .inputs import Inputs
@@ -54,26 +53,12 @@ def attention(
     got = call(*qkv, score_mod=_score_mod(inputs, inputs.bias), **extras)
     output, lse = (got[0], got[1].lse) if inputs.return_lse else (got, None)
     if not inputs.all_visible and not inputs.intact:
-        spoiled = _spoiled(inputs, call)
+        spoiled = inputs.spoiled_by(
+            lambda i: call(i.query, i.key, i.value, score_mod=_score_mod(i, i.bias))
+        )
         output = output.masked_fill(spoiled[..., None], math.nan)
         lse = None if lse is None else lse.masked_fill(spoiled, math.nan)
     return output, None, lse
-
-
-def _spoiled(inputs: Inputs, call: Callable[..., Any]) -> Bool[Tensor, "batch heads n_q"]:
-    """`Inputs.spoiled`, found without writing the mask out.
-
-    Attention by equal scores is the mean over the visible keys. So it says who sees a broken key if
-    the first entry of a value is 1 there and 0 elsewhere, and who sees any if the others are 1.
-    """
-    width = 16  # the least that FlexAttention's kernels take
-    flags = F.pad(inputs.broken_keys()[..., None].float(), (0, width - 1), value=1.0)
-    query = flags.new_zeros(*inputs.query.shape[:3], width)
-    hidden = None
-    if inputs.bias is not None:
-        hidden = torch.zeros_like(inputs.bias).masked_fill(inputs.bias == -math.inf, -math.inf)
-    share = call(query, torch.zeros_like(flags), flags, score_mod=_score_mod(inputs, hidden))
-    return (share[..., 0] > 0) | (inputs.broken_queries() & (share[..., 1] > 0))
 
 
 def _score_mod(inputs: Inputs, bias: Tensor | None) -> Callable[..., Tensor] | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -95,6 +97,27 @@ class Inputs:
         broken = self.per_head(self.broken_keys()).to(shown.dtype)
         sees_broken = torch.einsum("bhij,bhj->bhi", shown, broken) > 0  # how many it sees
         return (sees_broken | (self.broken_queries() & visible.any(-1)))[..., None]
+
+    def spoiled_by(self, attend: Callable[[Inputs], Tensor]) -> Bool[Tensor, "batch heads n_q"]:
+        """`spoiled`, found by a backend's own attention, without writing the mask out.
+
+        Attention by equal scores is the mean over the visible keys. So it says who sees a broken
+        key if the first entry of a value is 1 there and 0 elsewhere, and who sees any if the others
+        are 1.
+        """
+        width = 16  # the least that FlexAttention's kernels take
+        flags = F.pad(self.broken_keys()[..., None].float(), (0, width - 1), value=1.0)
+        query = flags.new_zeros(*self.query.shape[:3], width)
+        hidden = None
+        if self.bias is not None:
+            hidden = torch.zeros_like(self.bias).masked_fill(self.bias == -math.inf, -math.inf)
+        share = attend(
+            replace(
+                self, query=query, key=torch.zeros_like(flags), value=flags, bias=hidden,
+                dropout_p=0.0,
+            )
+        )  # fmt: skip
+        return (share[..., 0] > 0) | (self.broken_queries() & (share[..., 1] > 0))
 
     def broken_queries(self) -> Bool[Tensor, "batch heads n_q"]:
         """Queries that hold a NaN or inf."""
