@@ -13,26 +13,21 @@ writes benchmarks/results/race.json.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import write
 from torch import Tensor, nn
 
 from course_lib import data, training
-from course_lib.checkout import find_root
 from course_lib.models import Decoder, KneserNey, TransformerConfig
 from course_lib.training.optimizers import split_parameters
 
 BLOCK, CHARACTERS, UNSEEN = 64, 1_115_394, "king-lear"
-RESULT = Path("benchmarks/results/race.json")
 THREADS = 2
 
 
@@ -42,7 +37,7 @@ class Runner:
 
     name: str
     change: str
-    group: str  # "recipe": the recipe's own network; "plain": a plain Transformer; "open"
+    group: str  # "recipe": its own network; "plain": a plain Transformer; "open"; "long": own goal
     steps: int
     batch: int
     config: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +46,7 @@ class Runner:
     adamw: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     decay: float = 0.1
+    order: str = "random"  # of the blocks: "random" places, or "shuffled": each once
     loop: dict[str, Any] = field(default_factory=dict)
 
     def build(self, vocab_size: int, seed: int) -> nn.Module:
@@ -69,9 +65,11 @@ class Runner:
                 {"params": decayed, "weight_decay": self.decay},
                 {"params": vectors, "weight_decay": 0.0},
             ]
-            return [torch.optim.AdamW(groups, lr=self.adamw, betas=self.betas)]
-        muon = torch.optim.Muon(matrices, lr=self.muon, momentum=0.9, weight_decay=0.0, ns_steps=3)
-        return [muon, torch.optim.AdamW(rest, lr=self.adamw, betas=self.betas, weight_decay=0.0)]
+            return [torch.optim.AdamW(groups, lr=self.adamw, betas=self.betas, fused=True)]
+        adamw = torch.optim.AdamW(
+            rest, lr=self.adamw, betas=self.betas, weight_decay=0.0, fused=True
+        )
+        return [training.Muon(matrices, self.muon), adamw]
 
 
 class Smear(nn.Module):
@@ -99,32 +97,45 @@ RECIPE = TransformerConfig(
 """4 layers, 4 heads, width 128, learned positions, no biases, tied embeddings, no dropout."""
 
 LINEAR = {"schedule": "linear", "warmup": 0, "clip": None}
+HALF = {**LINEAR, "autocast": torch.bfloat16}
 MODERN = {
     "position": "rotary", "activation": "relu2", "zero_residuals": True, "tie_embeddings": False,
-    "norm_affine": False,
+    "norm_affine": False, "num_heads": 2,
 }  # fmt: skip
+FAST = {"betas": (0.8, 0.95), "order": "shuffled"}
 RUNNERS = [
     Runner(
         "recipe", "nanoGPT's recipe as published", "recipe", 2000, 12,
         loop={"schedule": "cosine", "final": 0.1, "warmup": 100, "clip": 1.0},
     ),
     Runner(
-        "rate", "learning rate 4e-3, linear decay to 0", "recipe", 1000, 12, adamw=4e-3,
+        "rate", "learning rate 4e-3, linear decay to 0", "recipe", 1350, 12, adamw=4e-3,
         loop={**LINEAR, "warmup": 50, "clip": 1.0},
     ),
-    Runner("muon", "Muon for matrices", "recipe", 380, 16, muon=0.04, adamw=0.006, loop=LINEAR),
     Runner(
-        "modern", "rotary positions, squared ReLU, outputs from zero, free head", "plain", 255, 16,
-        MODERN, muon=0.03, adamw=0.03, loop=LINEAR,
+        "muon", "Muon for matrices; no block twice", "recipe", 380, 16, muon=0.04, adamw=0.006,
+        loop=LINEAR, **FAST,
     ),
     Runner(
-        "shallow", "2 layers", "plain", 350, 16, {**MODERN, "num_layers": 2}, muon=0.03,
-        adamw=0.03, loop=LINEAR,
+        "bfloat16", "products in bfloat16", "recipe", 380, 16, muon=0.04, adamw=0.006, loop=HALF,
+        **FAST,
     ),
     Runner(
-        "smear", "2 layers of 96, embeddings mixed with their 3 predecessors", "open", 280, 16,
-        {**MODERN, "num_layers": 2, "d_model": 96, "num_heads": 2}, smear=3, muon=0.03,
-        adamw=0.03, loop=LINEAR,
+        "modern", "rotary, squared ReLU, outputs from zero, free head", "plain", 250, 16, MODERN,
+        muon=0.03, adamw=0.03, loop=HALF, **FAST,
+    ),
+    Runner(
+        "shallow", "2 layers of 96", "plain", 360, 16, {**MODERN, "num_layers": 2, "d_model": 96},
+        muon=0.04, adamw=0.03, loop=HALF, **FAST,
+    ),
+    Runner(
+        "smear", "2 layers of 64, embeddings mixed with their 5 predecessors", "open", 305, 16,
+        {**MODERN, "num_layers": 2, "d_model": 64}, smear=5, muon=0.04, adamw=0.03, loop=HALF,
+        **FAST,
+    ),
+    Runner(
+        "long", "4 layers of 128 and the same mixing, for the recipe's time", "long", 1300, 24,
+        MODERN, smear=5, muon=0.02, adamw=0.02, loop=HALF, **FAST,
     ),
 ]  # fmt: skip
 
@@ -154,7 +165,8 @@ def course() -> Course:
 def run(runner: Runner, track: Course, seed: int) -> dict[str, float]:
     """Train once: seconds in the loop and the losses."""
     model = runner.build(track.vocab_size, seed)
-    batches = data.random_batches(
+    draw = {"random": data.random_batches, "shuffled": data.shuffled_batches}[runner.order]
+    batches = draw(
         track.train, length=BLOCK, batch_size=runner.batch, steps=runner.steps,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
@@ -211,12 +223,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The race to the loss of nanoGPT's CPU recipe.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=[r.name for r in RUNNERS], help="runners")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT}")
+    parser.add_argument("--write", action="store_true", help="keep the result")
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     track = course()
     chosen = [r for r in RUNNERS if not options.only or r.name in options.only]
-    run(replace(chosen[0], steps=3, loop=LINEAR), track, 0)  # the first steps are slow
+    for runner in chosen:  # the first steps are slow
+        run(replace(runner, steps=3, loop={**runner.loop, "warmup": 0}), track, 0)
     runs: dict[str, list[dict[str, float]]] = {runner.name: [] for runner in chosen}
     for seed in range(options.seeds):
         for runner in chosen:
@@ -224,9 +237,6 @@ def main(arguments: list[str] | None = None) -> int:
             runs[runner.name].append({"seed": seed, **{k: round(v, 4) for k, v in result.items()}})
             print(f"seed {seed}  {runner.name:8s} {result}", flush=True)
     table: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": {"processor": platform.machine(), "threads": THREADS},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "text": {"characters": CHARACTERS, "block": BLOCK, "unseen": UNSEEN},
         "kneser_ney": {k: round(v, 4) for k, v in count(track).items()},
         "runners": summary(runs),
@@ -235,9 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
         print({k: v for k, v in row.items() if k != "runs"})
     print("Kneser-Ney", table["kneser_ney"])
     if options.write:
-        target = find_root(Path(__file__).parent) / RESULT
-        target.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"wrote {target.name}")
+        write("race", table)
     return 0
 
 
