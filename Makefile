@@ -18,7 +18,7 @@ NOTEBOOKS = $(or $(sort $(dir $(wildcard notebooks/*.ipynb solutions/*.ipynb))),
 CODE := course_lib tests benchmarks notebooks solutions exercises
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test $(STAGES:%=test-%) lint format render bench-chapters clean
+.PHONY: help setup lab test $(STAGES:%=test-%) lint format render race bench bench-chapters clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*##/\1#/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "  make %-16s%s\n", $$1, $$2 }'
@@ -71,6 +71,12 @@ format: setup  ## put code and notebooks into the one style
 render: setup  ## make exercises and solutions from their source; run and store every notebook
 	$(PY) -m course_lib.cli build
 	@$(apart) $(PY) -m course_lib.render $(wildcard notebooks/*.ipynb solutions/*.ipynb)
+
+race: setup  ## race to the loss of nanoGPT's CPU recipe: three seeds, ten minutes
+	@$(PY) -m course_lib.cli fetch shakespeare && $(apart) $(PY) benchmarks/race.py --write && $(apart) $(PY) -m course_lib.plots.readme
+
+bench: setup  ## measure the efficient kinds of attention against dense attention: five minutes
+	@$(apart) $(PY) benchmarks/efficient.py --write && $(apart) $(PY) -m course_lib.plots.readme
 
 bench-chapters: setup  ## measure how long each chapter takes (course doctor scales these seconds)
 	@$(apart) $(PY) benchmarks/chapters.py

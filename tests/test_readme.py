@@ -7,7 +7,7 @@ import pytest
 
 from course_lib.grading.exercise import all_exercises
 from course_lib.grading.universal import UNIVERSAL
-from course_lib.plots import readme
+from course_lib.plots import readme, results
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,8 +33,24 @@ def test_the_counts_are_of_the_exercises_that_exist():
     assert numbers == [len(exercises), wrong, wrong, wrong, right, right], STALE
 
 
-def test_the_verdicts_are_those_of_the_ledger():
-    assert readme.fill(TEXT, verdicts=lambda: readme.verdicts(ROOT)) == TEXT, STALE
+@pytest.mark.parametrize("part", ["verdicts", "race", "efficient"])
+def test_what_was_measured_is_what_the_data_say(part):
+    assert f"<!-- {part} -->" in TEXT
+    assert readme.fill(TEXT, **{part: readme.parts(ROOT)[part]}) == TEXT, STALE
+
+
+def test_the_picture_of_the_race_shows_the_result_that_is_stored():
+    from PIL import Image
+
+    race = results.load("race", ROOT)
+    with Image.open(ROOT / readme.RACE_PICTURE) as picture:
+        assert picture.info["Description"] == readme.fingerprint(race), STALE
+
+
+def test_what_was_not_measured_says_so():
+    assert results.race_table(None) == "not measured"
+    assert results.efficiency_table(None) == "not measured"
+    assert results.load("nothing", ROOT) is None
 
 
 def test_every_link_and_picture_leads_to_a_file():

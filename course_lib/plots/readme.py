@@ -12,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from course_lib.plots import results
 from course_lib.plots._extras import need
 from course_lib.plots.chapters import CHAPTERS
 from course_lib.plots.course_map import course_map
+from course_lib.plots.style import rc_params
 
 PICTURE = Path("notebooks/images/course.png")  # from the course's folder
+RACE_PICTURE = Path("notebooks/images/race.png")
 README = Path("README.md")
 
 WRONG = """\
@@ -39,6 +42,20 @@ def write(path: Path = PICTURE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     course_map().savefig(path, dpi=130, metadata={"Software": None, "Description": summary()})
     return path
+
+
+def write_race(race: dict[str, Any], path: Path = RACE_PICTURE) -> Path:
+    """Draw the race into a PNG file that says which result it shows; return its path."""
+    pyplot = need("matplotlib.pyplot")
+    with pyplot.rc_context(rc_params()):
+        figure = results.race_figure(race).figure
+        figure.savefig(path, dpi=130, metadata={"Software": None, "Description": fingerprint(race)})
+    return path
+
+
+def fingerprint(race: dict[str, Any]) -> str:
+    """What tells one result of the race from another."""
+    return json.dumps([[r["name"], r["seconds"], r["validation"]] for r in race["runners"]])
 
 
 def summary() -> str:
@@ -98,10 +115,20 @@ def fill(text: str, **parts: Callable[[], str]) -> str:
     return text
 
 
+def parts(root: Path = Path()) -> dict[str, Callable[[], str]]:
+    """The parts that are made from measured data alone, by name."""
+    return {
+        "verdicts": lambda: verdicts(root),
+        "race": lambda: results.race_table(results.load("race", root)),
+        "efficient": lambda: results.efficiency_table(results.load("efficient", root)),
+    }
+
+
 if __name__ == "__main__":
     print(f"wrote {write()}")
+    measured = results.load("race")
+    if measured is not None:
+        print(f"wrote {write_race(measured)}")
     text = README.read_text(encoding="utf-8")
-    README.write_text(
-        fill(text, message=message, counts=counts, verdicts=verdicts), encoding="utf-8"
-    )
+    README.write_text(fill(text, message=message, counts=counts, **parts()), encoding="utf-8")
     print(f"wrote {README}")
