@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ class DecoderLayer(nn.Module):
     The causal mask is the caller's to give. Source: Vaswani et al. 2017, §3.1 and figure 1, right.
 
     Args and errors as in `EncoderLayer`; d_context is the width of the context, d_model unless
-    given. The position scheme serves self-attention only: context and x have no common positions.
+    given. The position scheme and a variant of attention serve self-attention only: context and x
+    have no common positions.
     """
 
     def __init__(
@@ -40,14 +43,16 @@ class DecoderLayer(nn.Module):
         bias: bool = True,
         position: Position | None = None,
         backend: str = "auto",
+        attention: Callable[..., MultiHeadAttention] = MultiHeadAttention,
     ) -> None:
         super().__init__()
-        attention = partial(
-            MultiHeadAttention, d_model, num_heads, num_kv_heads=num_kv_heads, bias=bias,
-            dropout=dropout, backend=backend,
-        )  # fmt: skip
-        self.self_attention = attention(position=position)
-        self.cross_attention = attention(d_context=d_context)
+        options: dict[str, Any] = {
+            "num_kv_heads": num_kv_heads, "bias": bias, "dropout": dropout, "backend": backend,
+        }  # fmt: skip
+        self.self_attention = attention(d_model, num_heads, position=position, **options)
+        self.cross_attention = MultiHeadAttention(
+            d_model, num_heads, d_context=d_context, **options
+        )
         self.feed_forward = FeedForward(
             d_model, d_ff, activation=activation, bias=bias, dropout=dropout
         )
@@ -65,7 +70,7 @@ class DecoderLayer(nn.Module):
         context_mask: Mask | Tensor | None = None,
         bias: Tensor | None = None,
         context_bias: Tensor | None = None,
-        cache: tuple[KVCache, KVCache] | None = None,
+        cache: tuple[Any, KVCache] | None = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """(batch, n_q, d_model) -> the same shape.
@@ -92,6 +97,6 @@ class DecoderLayer(nn.Module):
         x = self.feed_forward_residual(x, self.feed_forward)
         return (x, (own_weights[0], across_weights[0])) if return_weights else x
 
-    def new_cache(self) -> tuple[KVCache, KVCache]:
+    def new_cache(self) -> tuple[Any, KVCache]:
         """Empty caches for this layer's self-attention and cross-attention."""
-        return KVCache(), KVCache()
+        return self.self_attention.new_cache(), KVCache()

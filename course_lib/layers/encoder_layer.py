@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ class EncoderLayer(nn.Module):
         norm_first: pre-norm (True) or post-norm, as in the paper.
         dropout: of weights, of the hidden layer and of what each residual adds.
         bias: whether matrices and layer norms have biases.
+        attention: what makes the attention, `MultiHeadAttention` or a variant of it with the same
+            arguments; `functools.partial(LongformerAttention, window=64)` gives one its own.
 
     Raises:
         ValueError: a size or a name does not fit.
@@ -48,9 +52,10 @@ class EncoderLayer(nn.Module):
         bias: bool = True,
         position: Position | None = None,
         backend: str = "auto",
+        attention: Callable[..., MultiHeadAttention] = MultiHeadAttention,
     ) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(
+        self.attention = attention(
             d_model, num_heads, num_kv_heads=num_kv_heads, bias=bias, dropout=dropout,
             position=position, backend=backend,
         )  # fmt: skip
@@ -82,6 +87,6 @@ class EncoderLayer(nn.Module):
         x = self.feed_forward_residual(x, self.feed_forward)
         return (x, weights[0]) if return_weights else x
 
-    def new_cache(self) -> KVCache:
+    def new_cache(self) -> Any:
         """An empty cache for this layer."""
-        return KVCache()
+        return self.attention.new_cache()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -121,18 +123,47 @@ class MultiHeadAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; a cache is then left as it was.
         """
-        query, key, value = self._project(x, context, cache)
-        bias = _sum(bias, self.position.score_bias(query, key, self.d_head**-0.5))
-        result = attention(
-            query, key, value, mask, bias, dropout_p=self.dropout if self.training else 0.0,
-            return_weights=return_weights, backend=self.backend,
-        )  # fmt: skip
-        if cache is not None:
-            cache.key, cache.value = key, value
+        result = self._heads(x, context, mask, bias, cache, return_weights)
         heads, *weights = result if isinstance(result, tuple) else (result,)
         # (batch, heads, n_q, d_head) -> (batch, n_q, heads, d_head) -> (batch, n_q, d_model)
         output = self.out_proj(heads.transpose(1, 2).flatten(2))
         return (output, weights[0]) if return_weights else output
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for this layer."""
+        return KVCache()
+
+    def _heads(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Mask | Tensor | None,
+        bias: Tensor | None,
+        cache: Any,
+        return_weights: bool,
+    ) -> Any:
+        """What each head finds (batch, heads, n_q, d_head), and its weights if wanted."""
+        query, key, value = self._project(x, context, cache)
+        bias = _sum(bias, self.position.score_bias(query, key, self.d_head**-0.5))
+        result = self._attend(query, key, value, mask, bias, return_weights)
+        if cache is not None:
+            cache.key, cache.value = key, value
+        return result
+
+    def _attend(
+        self,
+        query: Float[Tensor, "batch heads n_q d_head"],
+        key: Float[Tensor, "batch kv_heads n_k d_head"],
+        value: Float[Tensor, "batch kv_heads n_k d_head"],
+        mask: Mask | Tensor | None,
+        bias: Tensor | None,
+        return_weights: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Queries, keys and values to what the heads find: the place where variants differ."""
+        return attention(
+            query, key, value, mask, bias, dropout_p=self.dropout if self.training else 0.0,
+            return_weights=return_weights, backend=self.backend,
+        )  # fmt: skip
 
     def _project(
         self, x: Tensor, context: Tensor | None, cache: KVCache | None

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+from .. import layers
 from ..layers.feed_forward import ACTIVATIONS, GATED
 
 NORMS = ("layer_norm", "rms_norm")
-ATTENTIONS = ("full",)
+ATTENTIONS = {
+    "full": layers.MultiHeadAttention,
+    "longformer": layers.LongformerAttention,
+    "bigbird": layers.BigBirdAttention,
+}
 POSITIONS = ("none", "sinusoidal", "learned", "rotary", "t5", "alibi", "shaw", "transformer_xl")
 
 
@@ -32,7 +39,9 @@ class TransformerConfig:
         activation: as in `layers.FeedForward`.
         position: "none", "sinusoidal" or "learned" (added to the embedding), "rotary", "t5",
             "alibi", "shaw" or "transformer_xl" (inside self-attention).
-        attention: "full".
+        attention: of tokens to their own sequence: "full", "longformer", "bigbird", … (ATTENTIONS).
+        attention_options: what only this kind of attention takes, by name, as {"window": 64}: see
+            `layers.LongformerAttention` and the others.
         tie_embeddings: whether the head uses the matrix of the embedding (Press & Wolf 2017).
         dropout: of embeddings, weights, hidden layers and what residuals add.
         bias: whether matrices and layer norms have biases.
@@ -61,6 +70,7 @@ class TransformerConfig:
     activation: str = "gelu"
     position: str = "learned"
     attention: str = "full"
+    attention_options: Mapping[str, Any] = field(default_factory=dict)
     tie_embeddings: bool = True
     dropout: float = 0.0
     bias: bool = True
@@ -91,14 +101,14 @@ class TransformerConfig:
 
     def _check_sizes(self) -> None:
         optional = {"source_vocab_size", "num_kv_heads", "d_ff", "max_length"}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not field.type.startswith("int") or (value is None and field.name in optional):
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if not option.type.startswith("int") or (value is None and option.name in optional):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{field.name} must be an int, got {value!r}")
+                raise TypeError(f"{option.name} must be an int, got {value!r}")
             if value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+                raise ValueError(f"{option.name} must be at least 1, got {value}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.norm_eps >= 0:
@@ -116,6 +126,18 @@ class TransformerConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}"
                 )
+        if not isinstance(self.attention_options, Mapping):
+            raise TypeError(f"attention_options must be a dict, got {self.attention_options!r}")
+        own = _options_of(ATTENTIONS[self.attention])
+        _refuse_unknown(f"attention option of {self.attention}", self.attention_options, own)
+
+    def make_attention(self) -> Callable[..., layers.MultiHeadAttention]:
+        """What makes the attention of one layer, given what all kinds of it take."""
+        kind = ATTENTIONS[self.attention]
+        given: dict[str, Any] = dict(self.attention_options)
+        if "max_length" in _options_of(kind):
+            given.setdefault("max_length", self.max_length)
+        return partial(kind, **given)
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name; `from_dict` makes the same configuration of them."""
@@ -128,12 +150,7 @@ class TransformerConfig:
         Raises:
             TypeError: an option is unknown, or vocab_size is missing.
         """
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                meant = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-                raise TypeError(f"unknown option {name!r}{meant}")
+        _refuse_unknown("option", options, [option.name for option in fields(cls)])
         if "vocab_size" not in options:
             raise TypeError("vocab_size is missing")
         return cls(**options)
@@ -149,3 +166,20 @@ class TransformerConfig:
         if not isinstance(options, dict):
             raise ValueError(f"text must be a JSON object, got {type(options).__name__}")
         return cls.from_dict(options)
+
+
+def _options_of(kind: type[layers.MultiHeadAttention]) -> list[str]:
+    """The arguments that a kind of attention takes and multi-head attention does not."""
+    common = inspect.signature(layers.MultiHeadAttention).parameters
+    own = inspect.signature(kind).parameters.values()
+    return [p.name for p in own if p.name not in common and p.kind is p.KEYWORD_ONLY]
+
+
+def _refuse_unknown(what: str, options: Mapping[str, Any], known: list[str]) -> None:
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            meant = (
+                f"did you mean {near[0]}?" if near else f"known are {', '.join(known) or 'none'}"
+            )
+            raise TypeError(f"unknown {what} {name!r}; {meant}")

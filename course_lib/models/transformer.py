@@ -223,6 +223,7 @@ def make_stack(config: TransformerConfig, layer: Any, *, causal: bool) -> layers
             norm=config.norm, norm_eps=config.norm_eps, norm_affine=config.norm_affine,
             norm_first=config.norm_first, activation=config.activation, dropout=config.dropout,
             bias=config.bias, position=position(), backend=config.backend,
+            attention=config.make_attention(),
         )
         for _ in range(config.num_layers)
     ]  # fmt: skip
