@@ -15,11 +15,13 @@ train, validation = split_numbers(pairs, 9_000, generator=g)
 from course_lib.data.dates import date_pairs, split_dates
 from course_lib.data.numbers import number_pairs, split_numbers
 from course_lib.data.shakespeare import shakespeare
+from course_lib.data.streams import recall_batches, stream_batches
 from course_lib.data.text import (
     CharTokenizer,
     consecutive_batches,
     python_docs,
     random_batches,
+    shuffled_batches,
     split,
 )
 
@@ -30,8 +32,11 @@ __all__ = [
     "number_pairs",
     "python_docs",
     "random_batches",
+    "recall_batches",
     "shakespeare",
+    "shuffled_batches",
     "split",
     "split_dates",
     "split_numbers",
+    "stream_batches",
 ]
