@@ -67,5 +67,8 @@ def plain():
 def compiled():
     """Compile without a graph break; dynamo forgets everything before and after."""
     torch._dynamo.reset()
+    # It also remembers modules by their names, but each file's `plain` brings others.
+    remembered = getattr(torch._dynamo.symbolic_convert, "_import_module", None)
+    getattr(remembered, "cache_clear", lambda: None)()
     yield functools.partial(torch.compile, fullgraph=True)
     torch._dynamo.reset()

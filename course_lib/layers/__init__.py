@@ -3,6 +3,14 @@
 from .decoder_layer import DecoderLayer
 from .encoder_layer import EncoderLayer
 from .feed_forward import FeedForward
+from .linear_attention import (
+    LinearAttention,
+    LinearCache,
+    PerformerAttention,
+    orthogonal_gaussian,
+    positive_features,
+)
+from .linformer_attention import LinformerAttention
 from .multi_head_attention import KVCache, MultiHeadAttention
 from .normalization import LayerNorm, RMSNorm
 from .position import Position
@@ -11,6 +19,14 @@ from .positional_encoding import (
     RotaryPositionalEncoding,
     SinusoidalPositionalEncoding,
 )
+from .recurrent_memory import (
+    Compression,
+    MemoryLayer,
+    compress,
+    extend_memory,
+    reconstruction_loss,
+    split_memory,
+)
 from .relative_position import (
     AlibiBias,
     RelativePositionBias,
@@ -18,10 +34,13 @@ from .relative_position import (
     TransformerXLPosition,
 )
 from .residual import Residual, make_norm
+from .sparse_attention import BigBirdAttention, LongformerAttention
 from .stack import EncoderDecoderStack, Stack
 
 __all__ = [
     "AlibiBias",
+    "BigBirdAttention",
+    "Compression",
     "DecoderLayer",
     "EncoderDecoderStack",
     "EncoderLayer",
@@ -29,7 +48,13 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "LearnedPositionalEncoding",
+    "LinearAttention",
+    "LinearCache",
+    "LinformerAttention",
+    "LongformerAttention",
+    "MemoryLayer",
     "MultiHeadAttention",
+    "PerformerAttention",
     "Position",
     "RMSNorm",
     "RelativePositionBias",
@@ -39,5 +64,11 @@ __all__ = [
     "SinusoidalPositionalEncoding",
     "Stack",
     "TransformerXLPosition",
+    "compress",
+    "extend_memory",
     "make_norm",
+    "orthogonal_gaussian",
+    "positive_features",
+    "reconstruction_loss",
+    "split_memory",
 ]
