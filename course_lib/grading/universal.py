@@ -210,7 +210,12 @@ def _loses_gradient(answer: Answered) -> bool:
     if not all(answer.right):
         return False
     lost = lost_gradient(answer)
-    return lost is not None and lost[1] is not None
+    if lost is None or lost[1] is None:
+        return False
+    case, name, _ = lost
+    functions = (answer.function, answer.exercise.reference)
+    got, want = (gradients(answer.exercise, f, case).value for f in functions)
+    return name not in got or bool(want[name].any())  # else there is one too many, not too few
 
 
 # --- how to make them -------------------------------------------------------------------------
