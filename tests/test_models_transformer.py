@@ -247,3 +247,35 @@ def test_a_cache_counts_towards_max_length():
     model(tokens(length=24), cache=cache)
     with pytest.raises(ValueError, match="max_length"):
         model(tokens(length=1), cache=cache)
+
+
+# --- kinds of attention -------------------------------------------------------------------------
+
+KINDS = {
+    "longformer": {"window": 3},
+    "bigbird": {"block_size": 4, "random_blocks": 1},
+    "linformer": {"k": 3},
+    "performer": {"num_features": 5},
+    "linear": {"feature_map": "relu"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [False, True])
+def test_every_kind_of_attention_is_a_word_in_the_configuration(kind, options):
+    config = TransformerConfig(
+        vocab_size=11, d_model=16, num_layers=2, num_heads=2, max_length=12, position="learned",
+        attention=kind, attention_options=KINDS[kind] if options else {},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tokens = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))
+    states = Encoder(config)(tokens, padding=[9, 4])
+    assert states.shape == (2, 9, 16)
+    assert states.isfinite().all()
+    if kind == "linformer":
+        with pytest.raises(ValueError, match="the future would be in it"):
+            Decoder(config)(tokens)
+    else:
+        assert Decoder(config)(tokens, padding=[9, 4]).shape == (2, 9, 11)
+        model = EncoderDecoder(config)
+        assert model(tokens, tokens[:, :5], source_padding=[9, 4]).shape == (2, 5, 11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class LinformerAttention(MultiHeadAttention):
     Args:
         d_model, num_heads and the rest: as in `MultiHeadAttention`.
         max_length: most keys. E and F have a column for each; fewer keys use the first ones.
-        k: how many mixtures, at most max_length.
+        k: how many mixtures, at most max_length; a quarter of it unless given.
         share: "none" gives each key/value head an E and an F of its own, "heads" one E and one F to
             all heads, "kv" one matrix to be both E and F (§4, "Additional Efficiency Techniques").
 
@@ -45,7 +46,7 @@ class LinformerAttention(MultiHeadAttention):
         num_heads: int,
         *,
         max_length: int,
-        k: int,
+        k: int | None = None,
         share: str = "heads",
         **options: Any,
     ) -> None:
@@ -53,7 +54,14 @@ class LinformerAttention(MultiHeadAttention):
         refuse_score_bias(self.position, "mixtures of keys have no distance to a query")
         if share not in SHARES:
             raise ValueError(f"share must be one of {', '.join(SHARES)}; got {share!r}")
-        _check_lengths(max_length, k)
+        _check_length("max_length", max_length)
+        k = math.ceil(max_length / 4) if k is None else k
+        _check_length("k", k)
+        if k > max_length:
+            raise ValueError(
+                f"k must be at most max_length, or nothing is saved: got k={k} and "
+                f"max_length={max_length}"
+            )
         self.max_length, self.k, self.share = max_length, k, share
         heads = (self.num_kv_heads,) if share == "none" else ()
         self.e = nn.Parameter(torch.empty(*heads, k, max_length))
@@ -116,14 +124,8 @@ class LinformerAttention(MultiHeadAttention):
         )
 
 
-def _check_lengths(max_length: int, k: int) -> None:
-    for name, value in (("max_length", max_length), ("k", k)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if k > max_length:
-        raise ValueError(
-            f"k must be at most max_length, or nothing is saved: got k={k} and "
-            f"max_length={max_length}"
-        )
+def _check_length(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -18,6 +18,9 @@ ATTENTIONS = {
     "full": layers.MultiHeadAttention,
     "longformer": layers.LongformerAttention,
     "bigbird": layers.BigBirdAttention,
+    "linformer": layers.LinformerAttention,
+    "performer": layers.PerformerAttention,
+    "linear": layers.LinearAttention,
 }
 POSITIONS = ("none", "sinusoidal", "learned", "rotary", "t5", "alibi", "shaw", "transformer_xl")
 
@@ -39,7 +42,8 @@ class TransformerConfig:
         activation: as in `layers.FeedForward`.
         position: "none", "sinusoidal" or "learned" (added to the embedding), "rotary", "t5",
             "alibi", "shaw" or "transformer_xl" (inside self-attention).
-        attention: of tokens to their own sequence: "full", "longformer", "bigbird", … (ATTENTIONS).
+        attention: of tokens to their own sequence: "full", "longformer", "bigbird", "linformer",
+            "performer" or "linear".
         attention_options: what only this kind of attention takes, by name, as {"window": 64}: see
             `layers.LongformerAttention` and the others.
         tie_embeddings: whether the head uses the matrix of the embedding (Press & Wolf 2017).
