@@ -134,7 +134,7 @@ RUNNERS = [
         **FAST,
     ),
     Runner(
-        "long", "4 layers of 128 and the same mixing, for the recipe's time", "long", 1450, 24,
+        "long", "4 layers of 128 and the same mixing, for the recipe's time", "long", 1300, 24,
         MODERN, smear=5, muon=0.02, adamw=0.02, loop=HALF, **FAST,
     ),
 ]  # fmt: skip

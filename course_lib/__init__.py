@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from . import layers, leaks, masks, models
     from .ops.attention import BackendUnsupportedError, attention, explain_backends
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "BackendUnsupportedError",

@@ -293,7 +293,7 @@ def test_auto_takes_the_first_backend_that_is_ok(options, monkeypatch):
         ("flex", {"return_weights": True}, "does not return the weights"),
         ("flex", {"dropout_p": 0.5}, "no dropout"),
         ("tiled", {"return_weights": True}, "never holds all weights"),
-        ("triton", {}, "not part of this version"),
+        ("triton", {"return_weights": True}, "never hold all weights"),
     ],
 )
 def test_a_backend_by_name_never_falls_back(backend, options, reason):

@@ -163,7 +163,7 @@ def test_layer_norm_is_not_fooled_by_memory_order():
         (
             lambda: layer_norm(torch.zeros(2), backend="cudnn"),
             ValueError,
-            "backend must be one of auto, fused, reference; got 'cudnn'",
+            "backend must be one of auto, fused, reference, triton; got 'cudnn'",
         ),
     ],
 )

@@ -37,11 +37,19 @@ CHAPTERS = (
     Chapter(
         10, "encoder_decoder", "Encoder and decoder together", "translation, beam search", True
     ),
-    Chapter(11, "sparse_attention", "Sparse attention", "Longformer and BigBird for long texts"),
     Chapter(
-        12, "linear_attention", "Linear attention", "Performer, Linformer, attention as an RNN"
+        11, "sparse_attention", "Sparse attention", "Longformer and BigBird for long texts", True
     ),
-    Chapter(13, "recurrent_memory", "Recurrent memory", "Transformer-XL, Compressive Transformer"),
+    Chapter(
+        12,
+        "linear_attention",
+        "Linear attention",
+        "Performer, Linformer, attention as an RNN",
+        True,
+    ),
+    Chapter(
+        13, "recurrent_memory", "Recurrent memory", "Transformer-XL, Compressive Transformer", True
+    ),
     Chapter(14, "gpu_kernels", "GPU kernels", "tiling, online softmax, Triton without a GPU"),
     Chapter(15, "scaling", "Scaling laws", "loss against parameters, data and compute"),
     Chapter(16, "inside_the_model", "Inside the model", "induction heads, and what can be read"),

@@ -56,6 +56,8 @@ WIDGETS = {
 plots.MaskPainter(lambda mask: mask / mask.sum(1, keepdim=True).clamp(min=1), list("abcdef")).show()
 """,
     "position-explorer": "plots.PositionExplorer().show()",
+    "tile-explorer": "plots.TileExplorer().show()",
+    "feature-explorer": "plots.FeatureExplorer().show()",
     "depth-explorer": """
 plots.DepthExplorer(lambda depth, residual, norm: {"size": [1 + residual] * (depth + 1)}).show()
 """,
@@ -77,6 +79,7 @@ plots.LiveAlignment(
     lambda text: (list(text[::-1]), list(text), torch.eye(len(text)).flip(0)), "word"
 ).show()
 """,
+    "memory-explorer": "plots.MemoryExplorer().show()",
     "layers-and-heads": """
 weights = torch.rand(3, 2, 4, 4).softmax(-1)
 plots.AttentionExplorer(weights, list("abcd")).show()
@@ -443,7 +446,10 @@ def test_a_cell_of_the_mask_that_is_clicked_changes_the_weights(widget):
 
 
 @pytest.mark.xdist_group("widgets")
-@pytest.mark.parametrize("cell_id", ["position-explorer", "depth-explorer", "next-token"])
+@pytest.mark.parametrize(
+    "cell_id",
+    ["position-explorer", "tile-explorer", "feature-explorer", "depth-explorer", "next-token"],
+)
 def test_a_slider_that_is_moved_changes_the_picture(widget, cell_id):
     box, changed = widget(cell_id)
     handle = box.locator(".noUi-handle").first

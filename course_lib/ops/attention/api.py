@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 
 from ...masks import Mask
-from . import flex, reference, sdpa, tiled
+from . import flex, reference, sdpa, tiled, triton_backend
 from .inputs import Inputs, check, no_autocast
 
 BACKENDS: dict[str, ModuleType] = {
-    "sdpa": sdpa, "reference": reference, "tiled": tiled, "flex": flex,
+    "sdpa": sdpa, "reference": reference, "tiled": tiled, "flex": flex, "triton": triton_backend,
 }  # fmt: skip
 """By preference of "auto" on a CPU; each module has `unsupported(inputs)`, `attention(inputs)`."""
-
-PLANNED = {
-    "triton": "the Triton backend is not part of this version of course_lib",
-}
 
 
 class BackendUnsupportedError(RuntimeError):
@@ -100,8 +96,8 @@ def attention(
         dropout_p: probability of dropping a weight. Applied at every call: pass 0 when evaluating.
         return_weights: also return the weights (before dropout).
         return_lse: also return the log of the sum of exp(scores), natural logarithm.
-        backend: "auto", "reference", "sdpa", "tiled" or "flex". One asked for by name never falls
-            back.
+        backend: "auto", "reference", "sdpa", "tiled", "flex" or "triton". One asked for by name
+            never falls back.
         generator: source of the dropout's randomness; torch's default generator unless given.
 
     Returns:
@@ -149,16 +145,17 @@ def explain_backends(
     inputs = check(
         query, key, value, mask, bias, scale, dropout_p, return_weights, return_lse, generator
     )
-    return {name: _reason(inputs, name) or "ok" for name in _preference(inputs)} | PLANNED
+    return {name: _reason(inputs, name) or "ok" for name in _preference(inputs)}
 
 
 def _preference(inputs: Inputs) -> list[str]:
     # On a GPU FlexAttention is fused and skips empty blocks; on a CPU it is a slow emulation, and
     # what skips them is "tiled".
+    # Our own kernels serve by name: "auto" may prefer them once they have been timed on a GPU.
     if inputs.query.device.type != "cpu":
-        return ["sdpa", "flex", "reference", "tiled"]
+        return ["sdpa", "flex", "reference", "tiled", "triton"]
     if tiled.worth_it(inputs):
-        return ["tiled", "sdpa", "reference", "flex"]
+        return ["tiled", "sdpa", "reference", "flex", "triton"]
     return list(BACKENDS)
 
 
@@ -171,10 +168,10 @@ def _choose(inputs: Inputs, backend: str) -> str:
         return next(name for name in _preference(inputs) if _reason(inputs, name) is None)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    if backend not in BACKENDS and backend not in PLANNED:
-        known = ", ".join(["auto", *BACKENDS, *PLANNED])
+    if backend not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"backend must be one of {known}; got {backend!r}")
-    reason = PLANNED[backend] if backend in PLANNED else _reason(inputs, backend)
+    reason = _reason(inputs, backend)
     if reason is not None:
         raise BackendUnsupportedError(f'backend "{backend}" cannot serve this call: {reason}')
     return backend
