@@ -120,6 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     lengths, repeats = (LENGTHS[:3], 1) if options.quick else (LENGTHS, 5)
+    # First, since a new process begins with the peak of the one that starts it.
+    grown = {name: {m: memory(name, m) for m in lengths[-2:]} for name in METHODS
+             if name not in FORWARD_ONLY}  # fmt: skip
     seconds: dict[str, dict[int, dict[str, float]]] = {"forward": {}, "training": {}}
     for n in lengths:
         for way, row in times(n, repeats).items():
@@ -130,8 +133,6 @@ def main(arguments: list[str] | None = None) -> int:
     by_window = medians(
         {str(w): lambda w=w: METHODS_OF_WINDOW[w](q, k, v) for w in WINDOWS}, repeats
     )
-    grown = {name: {m: memory(name, m) for m in (n // 2, n)} for name in METHODS
-             if name not in FORWARD_ONLY}  # fmt: skip
     m = min(n, LOOP)
     steps = {name: training_step(METHODS[name], m) for name in ("linear", *FORWARD_ONLY)}
     loop = medians(steps, 1)

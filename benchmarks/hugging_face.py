@@ -24,7 +24,7 @@ from transformers.models.longformer import modeling_longformer
 from course_lib import layers, masks
 
 WINDOW, BLOCK = 512, 64  # as in the released models: 256 keys on each side; blocks of 64
-LENGTHS = (1024, 4096)
+LENGTHS = (2048, 4096)
 Call = Callable[[Tensor], Tensor]
 
 

@@ -158,7 +158,7 @@ class MultiHeadAttention(nn.Module):
         mask: Mask | Tensor | None,
         bias: Tensor | None,
         return_weights: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:
         """Queries, keys and values to what the heads find: the place where variants differ."""
         return attention(
             query, key, value, mask, bias, dropout_p=self.dropout if self.training else 0.0,

@@ -51,6 +51,7 @@ class LongformerAttention(MultiHeadAttention):
         self.rule = masks.longformer(window, global_tokens)
         self.window, self.global_tokens = window, sorted(set(global_tokens))
         self.global_projections = bool(self.global_tokens) and global_projections
+        self._local: tuple[int, Mask] = 0, self.rule  # for the length of the last call
         if self.global_projections:
             if type(self.position).score_bias is not Position.score_bias:
                 raise ValueError(
@@ -58,9 +59,10 @@ class LongformerAttention(MultiHeadAttention):
                     "serve global tokens with projections of their own: give "
                     "global_projections=False"
                 )
-            for name, like in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
-                size, bias = (like.in_features, like.out_features), like.bias is not None
-                self.add_module(f"{name}_global", nn.Linear(*size, bias=bias))
+            self.q_global, self.k_global, self.v_global = (
+                nn.Linear(like.in_features, like.out_features, bias=like.bias is not None)
+                for like in (self.q_proj, self.k_proj, self.v_proj)
+            )
 
     def _heads(
         self,
@@ -71,16 +73,27 @@ class LongformerAttention(MultiHeadAttention):
         cache: Any,
         return_weights: bool,
     ) -> Any:
-        rule = _both(self.rule, mask)
-        result = super()._heads(x, context, rule, bias, cache, return_weights)
         if not self.global_projections:
-            return result
+            rule = _both(self.rule, mask)
+            return super()._heads(x, context, rule, bias, cache, return_weights)
         self._check_global(context, bias, cache)
+        local = _both(self._local_rule(x.shape[1]), mask)
+        result = super()._heads(x, None, local, None, None, return_weights)
         rows = torch.tensor(self.global_tokens, device=x.device)
-        found = self._global(x, rows, rule, return_weights)
+        found = self._global(x, rows, _both(self.rule, mask), return_weights)
         if not return_weights:
             return result.index_copy(2, rows, found)
         return tuple(a.index_copy(2, rows, b) for a, b in zip(result, found, strict=True))
+
+    def _local_rule(self, n: int) -> Mask:
+        """The window and the global keys; what global queries find is put in afterwards."""
+        if self._local[0] != n:
+            self.rule.mask_mod(n, n)  # says so if a global token lies beyond the end
+            is_global = torch.zeros(n, dtype=torch.bool)
+            is_global[self.global_tokens] = True
+            near = masks.sliding_window(self.window, self.window)
+            self._local = n, near | masks.from_dense(is_global[None])
+        return self._local[1]
 
     def _check_global(self, context: object, bias: object, cache: object) -> None:
         for name, given in (("context", context), ("bias", bias), ("cache", cache)):
@@ -93,8 +106,10 @@ class LongformerAttention(MultiHeadAttention):
     def _global(self, x: Tensor, rows: Tensor, rule: Mask, return_weights: bool) -> Any:
         """What the global tokens find in the whole sequence."""
         x = self.position.encode_tokens(x, 0)
-        # Heads are turned at their places first, and chosen then.
-        query = self.position.encode_heads(self._split(self.q_global(x)), 0)[:, :, rows]
+        if type(self.position).encode_heads is Position.encode_heads:
+            query = self._split(self.q_global(x[:, rows]))
+        else:  # heads are turned at their places first, and chosen then
+            query = self.position.encode_heads(self._split(self.q_global(x)), 0)[:, :, rows]
         key = self.position.encode_heads(self._split(self.k_global(x)), 0)
         n = x.shape[1]
         return attention(

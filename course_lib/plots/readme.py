@@ -48,7 +48,7 @@ def write_race(race: dict[str, Any], path: Path = RACE_PICTURE) -> Path:
     """Draw the race into a PNG file that says which result it shows; return its path."""
     pyplot = need("matplotlib.pyplot")
     with pyplot.rc_context(rc_params()):
-        figure = results.race_figure(race).figure
+        figure: Any = results.race_figure(race).figure
         figure.savefig(path, dpi=130, metadata={"Software": None, "Description": fingerprint(race)})
     return path
 

@@ -99,7 +99,9 @@ def efficiency_figure(
     ax = need("matplotlib.pyplot").subplots(figsize=(7.0, 3.8))[1] if ax is None else ax
     rows = {int(n): row for n, row in result["seconds"][way].items()}
     for name in rows[max(rows)]:
-        style = {"color": COLORS["black"], "linewidth": 2.6} if name == "dense" else {}
+        style: dict[str, Any] = (
+            {"color": COLORS["black"], "linewidth": 2.6} if name == "dense" else {}
+        )
         ax.plot(list(rows), [row[name] for row in rows.values()], "o-", label=name, **style)
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds")
     ax.set_xticks(list(rows), [str(n) for n in rows])

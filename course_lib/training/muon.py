@@ -44,7 +44,9 @@ class Muon(Optimizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
         if ns_steps < 1 or not lr > 0:
-            raise ValueError(f"ns_steps and lr must be positive, got ns_steps={ns_steps} and lr={lr}")
+            raise ValueError(
+                f"ns_steps and lr must be positive, got ns_steps={ns_steps} and lr={lr}"
+            )
         super().__init__(params, {"lr": lr, "momentum": momentum, "ns_steps": ns_steps})
         for shape in (tuple(p.shape) for g in self.param_groups for p in g["params"]):
             if len(shape) != 2:
