@@ -31,8 +31,8 @@ from torch.autograd.function import once_differentiable
 from ... import masks
 from .inputs import Inputs
 
-CHUNK = 2**21
-"""Scores held at once, 8 MiB of float32."""
+CHUNK = 2**19
+"""Scores held at once; 2 MiB of float32 stay in a processor's cache."""
 
 
 def unsupported(inputs: Inputs) -> str | None:
@@ -89,15 +89,15 @@ def _attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
 class Group:
     """Rows of tiles that see equally many key tiles in the same pattern.
 
-    batch, head and row say which rows, `columns` which key tiles each of them sees, `visible` which
-    pairs (None: all).
+    batch, head and row say which rows, `columns` which key tiles each of them sees, `hidden` which
+    pairs of some of these tiles are not seen: (where its keys stand among those seen, pairs).
     """
 
     batch: Int[Tensor, " rows"]
     head: Int[Tensor, " rows"]
     row: Int[Tensor, " rows"]
     columns: Int[Tensor, "rows seen"]
-    visible: Bool[Tensor, "block_q keys"] | None
+    hidden: list[tuple[slice, Bool[Tensor, "block_q block_k"]]]
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,12 @@ def _plan_of(mask: masks.Mask, n_q: int, n_k: int, block: int, device: torch.dev
         places = np.unravel_index([place for place, _ in members], kinds.shape[:3])
         columns = np.stack([columns for _, columns in members])
         names = np.frombuffer(key, dtype=kinds.dtype)
-        visible = torch.cat([patterns[int(k)] for k in names], dim=1) if names.any() else None
+        hidden = [
+            (slice(i * block, (i + 1) * block), ~patterns[k])
+            for i, k in enumerate(names.tolist()) if k
+        ]  # fmt: skip
         batch, head, row, seen = (torch.from_numpy(x.copy()).to(device) for x in (*places, columns))
-        groups.append(Group(batch, head, row, seen, visible))
+        groups.append(Group(batch, head, row, seen, hidden))
     return Plan(block, groups, mask.batch_size, mask.num_heads)
 
 
@@ -238,9 +241,8 @@ class _Tiled(torch.autograd.Function):
             cut.add(d_value, chunk, cut.dropped(weights, chunk).mT @ d_o)
             if d_bias is not None:
                 cut.bias.add(d_bias, chunk, d_scores)
-            d_scores *= cut.scale
-            d_query[chunk.query] = d_scores @ cut.keys(chunk)
-            cut.add(d_key, chunk, d_scores.mT @ q)
+            d_query[chunk.query] = d_scores @ cut.keys(chunk) * cut.scale
+            cut.add(d_key, chunk, d_scores.mT @ q)  # q is scaled already
         d_query, d_key, d_value = (
             cut.join(d, x.shape).to(x.dtype)
             for d, x in ((d_query, query), (d_key, key), (d_value, value))
@@ -267,7 +269,7 @@ class _Chunk:
     query: Int[Tensor, " rows"]  # in batch · heads · row tiles
     key: Int[Tensor, " pairs"]  # in batch · groups · key tiles
     place: tuple[Tensor, ...]  # batch, head, row (rows,) and columns (rows, seen)
-    visible: Bool[Tensor, "block_q keys"] | None
+    hidden: list[tuple[slice, Bool[Tensor, "block_q block_k"]]]
 
 
 class _Cut:
@@ -283,6 +285,7 @@ class _Cut:
         self.rows, self.columns = math.ceil(n_q / plan.block), math.ceil(n_k / plan.block)
         self.dtype = torch.promote_types(query.dtype, torch.float32)  # float16 would lose digits
         self.query, self.key, self.value = (self.cut(x) for x in (query, key, value))
+        self.query = self.query * scale
         if bias is not None:
             self.bias = _Bias(bias.to(self.dtype), n_q, n_k, plan.block)
         self.biased = bias is not None
@@ -311,7 +314,7 @@ class _Cut:
                 query = (b * self.heads + h) * self.rows + r
                 shared = h // (self.heads // self.groups)  # by the query heads of a group
                 key = ((b * self.groups + shared) * self.columns)[:, None] + c
-                yield _Chunk(number, query, key.flatten(), (b, h, r, c), group.visible)
+                yield _Chunk(number, query, key.flatten(), (b, h, r, c), group.hidden)
                 number += 1
 
     def _everywhere(self, group: Group) -> list[Tensor]:
@@ -346,13 +349,12 @@ class _Cut:
     def scores(self, chunk: _Chunk) -> Float[Tensor, "rows block_q keys"]:
         """Q Kᵀ · scale + bias, -inf where the mask hides the pair."""
         q, k = self.query[chunk.query], self.keys(chunk)
-        added = self.bias.of(chunk) if self.biased else None
-        if chunk.visible is not None:  # one pass with the product, not one more after it
-            added = q.new_zeros(chunk.visible.shape) if added is None else added
-            added = added.masked_fill(~chunk.visible, -math.inf)
-        if added is None:
-            return (q * self.scale) @ k.mT  # (rows, block, d) x (rows, d, keys)
-        return torch.baddbmm(added, q, k.mT, alpha=self.scale)
+        scores = q @ k.mT  # (rows, block, d) x (rows, d, keys)
+        if self.biased:
+            scores += self.bias.of(chunk)
+        for columns, hidden in chunk.hidden:  # after the product: what is hidden may be huge
+            scores[:, :, columns].masked_fill_(hidden, -math.inf)
+        return scores
 
     def dropped(self, weights: Tensor, chunk: _Chunk) -> Tensor:
         """Some weights replaced by 0, the same ones whenever asked."""
