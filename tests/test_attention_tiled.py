@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from attention_cases import qkv, randn
+from largest import Largest
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_lib import BackendUnsupportedError, attention, explain_backends, masks
 from course_lib.ops.attention import tiled
@@ -24,19 +24,6 @@ LONG = {
     "heads": masks.from_dense(torch.rand(1, 4, 1, 300, generator=torch.Generator()) > 0.5),
 }
 each_mask = pytest.mark.parametrize("mask", LONG.values(), ids=LONG.keys())
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers in any tensor that was made."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.numbers = max(self.numbers, x.numel())
-        return result
 
 
 @each_mask

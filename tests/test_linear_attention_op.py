@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from course_lib import BackendUnsupportedError
 from course_lib.ops.linear_attention import linear_attention
@@ -232,26 +232,13 @@ def test_without_causality_every_query_sees_the_state_and_every_key(backend):
 # --- memory ---------------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
-    """Notes the number of entries of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return result
-
-
 def largest(n, backend, causal=True):
     """Of a forward and a backward pass over one head of n tokens."""
     inputs = [rand(1, 1, n, 8, dtype=torch.float32).requires_grad_() for _ in range(3)]
     with Largest() as seen:
         output = linear_attention(*inputs, causal=causal, backend=backend, chunk=16)
         torch.autograd.grad(output.sum(), inputs)
-    return seen.numel
+    return seen.numbers
 
 
 @pytest.mark.parametrize(("backend", "causal"), [("tiled", True), ("tiled", False)])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from course_lib import layers, leaks, masks
 from course_lib.layers import LinformerAttention, MultiHeadAttention
@@ -108,26 +108,13 @@ def test_every_output_depends_on_every_key():
 # --- cost and training ----------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
-    """Notes the number of entries of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return result
-
-
 def test_no_tensor_is_larger_than_the_weights_of_n_tokens_for_k_mixtures():
     n, k = 2048, 16
     layer = make(max_length=n, k=k)
     with Largest() as seen:
         output = layer(randn(1, n, 8), return_weights=True)[0]
         output.sum().backward()
-    assert seen.numel <= 4 * n * k  # heads · n · k
+    assert seen.numbers <= 4 * n * k  # heads · n · k
 
 
 @each_share
