@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..grading.exercise import Case, Exercise, Function, Mistake
 from ..grading.observe import Broken, expect
 from ._inputs import normal, some
+from ._watch import watched
 from ._wrong_parts import MIXTURES, NORMALISATIONS, SCALES
 
 INF = math.inf
@@ -55,29 +54,6 @@ def _divided(weights: Tensor, v: Tensor) -> Tensor:
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal linear attention by its n × n weights."""
     return _divided((_phi(q) @ _phi(k).mT).tril(), v)
-
-
-class _Made(TorchDispatchMode):
-    """Counts what operations make: the largest tensor, the numbers in all, the operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.numbers = self.operations = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        view = any(part.alias_info for part in operation._schema.returns)  # or in place
-        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
-        self.largest = max([self.largest, *sizes])
-        self.numbers += 0 if view else sum(sizes)
-        self.operations += 1
-        return result
-
-
-def _made(answer: Function, *args: Any) -> _Made:
-    with _Made() as made:
-        answer(*args)
-    return made
 
 
 # How queries, keys and values enter: (q, k, v) -> what the products are made of.
@@ -472,14 +448,14 @@ def _(answer):
 
 @ex.behaviour("no matrix of n_q × n_k is made")
 def _(answer):
-    largest = _made(answer, *_drawn(8, 1, 1, 64, 64, 2, 2)).largest
+    largest = watched(answer, *_drawn(8, 1, 1, 64, 64, 2, 2)).largest
     if largest >= 64 * 64:
         raise Broken(f"For 64 queries and 64 keys a tensor of {largest} numbers was made")
 
 
 @ex.behaviour("twice as many tokens take twice the numbers, not four times as many")
 def _(answer):
-    few, many = (_made(answer, *_drawn(9, 1, 1, n, n, 2, 2)).numbers for n in (64, 128))
+    few, many = (watched(answer, *_drawn(9, 1, 1, n, n, 2, 2)).made for n in (64, 128))
     if many > 3 * few:
         raise Broken(f"For 64 tokens {few} numbers were made, for 128 tokens {many}")
 
@@ -1441,14 +1417,14 @@ def _(answer):
 
 @ex.behaviour("no matrix of n × n is made, and no state for every token")
 def _(answer):
-    largest = _made(answer, *_written(7, 1, 1, 64, 16, 16), 16).largest
+    largest = watched(answer, *_written(7, 1, 1, 64, 16, 16), 16).largest
     if largest >= 64 * 64:
         raise Broken(f"For 64 tokens in chunks of 16 a tensor of {largest} numbers was made")
 
 
 @ex.behaviour("the tokens of a chunk are not handled one by one")
 def _(answer):
-    operations = _made(answer, *_written(8, 1, 1, 128, 2, 2), 128).operations
+    operations = watched(answer, *_written(8, 1, 1, 128, 2, 2), 128).operations
     if operations >= 8 * 128:
         raise Broken(f"One chunk of 128 tokens took {operations} operations")
 
@@ -2074,7 +2050,7 @@ def _(answer):
 
 @ex.behaviour("no matrix of n_q × n_k is made")
 def _(answer):
-    largest = _made(answer, *_mixed(8, 1, 1, 64, 64, 2, 2, 4)).largest
+    largest = watched(answer, *_mixed(8, 1, 1, 64, 64, 2, 2, 4)).largest
     if largest >= 64 * 64:
         raise Broken(f"For 64 queries and 64 keys a tensor of {largest} numbers was made")
 

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..grading.exercise import Case, Exercise, Function, Mistake
-from ..grading.observe import Broken, expect, observe
+from ..grading.observe import Broken, expect
 from ._inputs import normal, some
+from ._watch import watched
 from ._wrong_parts import MIXTURES, NORMALISATIONS, SCALES
 
 INF = math.inf
@@ -26,61 +24,6 @@ INF = math.inf
 def _bools(*rows: str) -> Tensor:
     """ "110" is True, True, False."""
     return torch.tensor([[mark == "1" for mark in row] for row in rows])
-
-
-class _Watch(TorchDispatchMode):
-    """Watches what operations make and read; views count for nothing.
-
-    largest: numbers of the largest tensor made. made: numbers made in all. held: most numbers in
-    existence at once. read: numbers read of the tensor that is watched. The inputs do not count.
-    """
-
-    def __init__(self, given: tuple[Any, ...], watched: Tensor) -> None:
-        super().__init__()
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        self.given = {StorageWeakRef(t.untyped_storage()).cdata for t in tensors}
-        self.watched = StorageWeakRef(watched.untyped_storage()).cdata
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.largest = self.made = self.held = self.read = self.operations = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        self.operations += 1
-        for key in [key for key, (storage, _) in self.alive.items() if storage.expired()]:
-            del self.alive[key]
-        for tensor in _tensors(result):
-            storage = StorageWeakRef(tensor.untyped_storage())
-            if storage.cdata not in self.given and storage.cdata not in self.alive:
-                numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.alive[storage.cdata] = storage, numbers
-                self.made += numbers
-                self.largest = max(self.largest, numbers)
-        self.held = max(self.held, sum(numbers for _, numbers in self.alive.values()))
-        if not any(part.alias_info for part in operation._schema.returns):
-            self.read += sum(t.numel() for t in _tensors(args) if self._is_watched(t))
-        return result
-
-    def _is_watched(self, tensor: Tensor) -> bool:
-        return StorageWeakRef(tensor.untyped_storage()).cdata == self.watched
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _watched(answer: Any, *args: Any) -> _Watch:
-    """One call of the answer, watched; the second argument's reads are counted."""
-    watches = []
-
-    def function(*given: Any) -> Any:
-        watches.append(_Watch(given, given[1]))
-        with watches[0]:
-            return answer.function(*given)
-
-    case = dict(zip(answer.exercise.parameters, args, strict=True))
-    if observe(answer.exercise, function, case).error is not None:
-        answer.on(case)  # what went wrong is told as it is for any other call
-    return watches[0]
 
 
 SIDES = (
@@ -1481,14 +1424,14 @@ def _(answer):
 
 @ex.behaviour("no tensor is as large as n × n")
 def _(answer):
-    largest = _watched(answer, *_tokens(9, 1, 1, 256, 2, 2), 2).largest
+    largest = watched(answer, *_tokens(9, 1, 1, 256, 2, 2), 2).largest
     if largest >= 256 * 256:
         raise Broken(f"For 256 tokens a tensor of {largest} entries was made")
 
 
 @ex.behaviour("twice as many tokens take twice the numbers, not four times as many")
 def _(answer):
-    few, many = (_watched(answer, *_tokens(9, 1, 1, n, 2, 2), 2).made for n in (128, 256))
+    few, many = (watched(answer, *_tokens(9, 1, 1, n, 2, 2), 2).made for n in (128, 256))
     if many > 3 * few:
         raise Broken(f"For 128 tokens {few} numbers were made, for 256 tokens {many}")
 
@@ -1953,7 +1896,7 @@ def _(answer):
 
 @ex.behaviour("all scores are never held at once")
 def _(answer):
-    held = _watched(answer, *_asked(7, (1, 1), 32, 192, 2, 2), 16).held
+    held = watched(answer, *_asked(7, (1, 1), 32, 192, 2, 2), 16).held
     if held >= 32 * 192:
         raise Broken(
             f"For 32 queries, 192 keys and block = 16, {held} numbers were held at once; all "
@@ -1964,7 +1907,7 @@ def _(answer):
 @ex.behaviour("every key is read once")
 def _(answer):
     q, k, v = _asked(8, (), 1, 32, 2, 2)
-    times = _watched(answer, q, k, v, 8).read / k.numel()
+    times = watched(answer, q, k, v, 8).read / k.numel()
     if times > 1.5:
         raise Broken(f"The keys were read {times:.3g} times")
 
@@ -1972,7 +1915,7 @@ def _(answer):
 @ex.behaviour("a smaller block takes more steps")
 def _(answer):
     q, k, v = _asked(9, (1, 1), 2, 32, 2, 2)
-    one, many = (_watched(answer, q, k, v, block).operations for block in (32, 4))
+    one, many = (watched(answer, q, k, v, block).operations for block in (32, 4))
     if many < one + 14:
         raise Broken(f"One block of 32 keys took {one} operations, and 8 blocks of 4 keys {many}")
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..masks import Mask
-from ..masks.rules import Causal, Padding, _Combined
+from ..masks.rules import Causal, Combined, Padding
 from ..ops.attention.inputs import no_autocast
 from ..ops.linear_attention import linear_attention
 from .multi_head_attention import KVCache, MultiHeadAttention
@@ -346,7 +346,7 @@ def split_mask(mask: Mask | Tensor | None, why: str) -> tuple[bool, list[Padding
         return True, []
     if isinstance(mask, Padding):
         return False, [mask]
-    if isinstance(mask, _Combined) and mask.operator == "&":
+    if isinstance(mask, Combined) and mask.operator == "&":
         first, second = split_mask(mask.first, why), split_mask(mask.second, why)
         return first[0] or second[0], first[1] + second[1]
     if isinstance(mask, Tensor):

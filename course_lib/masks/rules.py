@@ -138,11 +138,11 @@ class Mask:
 
     def __and__(self, other: Mask | Tensor) -> Mask:
         """Both rules must allow the pair."""
-        return _Combined(self, _as_mask(other), "&")
+        return Combined(self, _as_mask(other), "&")
 
     def __or__(self, other: Mask | Tensor) -> Mask:
         """Either rule may allow the pair."""
-        return _Combined(self, _as_mask(other), "|")
+        return Combined(self, _as_mask(other), "|")
 
     __rand__, __ror__ = __and__, __or__  # tensor & mask, tensor | mask
 
@@ -429,7 +429,7 @@ class FromDense(Mask):
 
 
 @dataclass(frozen=True, eq=False)
-class _Combined(Mask):
+class Combined(Mask):
     first: Mask
     second: Mask
     operator: str  # "&" or "|"

@@ -118,6 +118,6 @@ def _last(by_length: Mapping[str, Any]) -> Any:
 def _where(result: Mapping[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     return (
-        f"{machine['threads']} threads of a laptop-size machine ({machine['processor']}), torch "
-        f"{versions['torch']}, {result['date']}"
+        f"{machine['threads']} threads ({machine['processor']}), torch {versions['torch']}, "
+        f"{result['date']}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import masks
 
@@ -53,6 +55,17 @@ class Inputs:
     def all_visible(self) -> bool:
         """Nothing can be hidden: there is neither a mask nor a bias that might hold -inf."""
         return self.mask is None and self.bias is None
+
+    def tiles_out_of_sight(self, who: str) -> str | None:
+        """Why `who` cannot look at the mask's tiles, or None: somebody traces the call, say."""
+        tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not there: nobody traces
+        traced = isinstance(self.query, FakeTensor) or bool(tracer and tracer.get_proxy_mode())
+        if torch.compiler.is_compiling() or traced:
+            return f"{who} must look at the mask's tiles, which no compiler can trace"
+        tensors = [t for t in (self.query, self.key, self.value, self.bias) if t is not None]
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+            return f"{who} cannot run under torch.func"
+        return None
 
     def visible(self) -> Bool[Tensor, "batch_or_1 heads_or_1 n_q n_k"]:
         """The pairs that count: those the mask shows and no bias of -inf forbids."""
@@ -121,11 +134,11 @@ class Inputs:
 
     def broken_queries(self) -> Bool[Tensor, "batch heads n_q"]:
         """Queries that hold a NaN or inf."""
-        return _broken(self.query)
+        return broken_rows(self.query)
 
     def broken_keys(self) -> Bool[Tensor, "batch groups n_k"]:
         """Keys that hold a NaN or inf, in themselves or in their value."""
-        return _broken(self.key) | _broken(self.value)
+        return broken_rows(self.key) | broken_rows(self.value)
 
     def per_head(self, x: Tensor) -> Tensor:
         """(batch, groups, ...) -> (batch, heads, ...): each group serves heads/groups heads."""
@@ -139,7 +152,7 @@ class Inputs:
         return seen.unflatten(1, (self.key.shape[1], -1)).any(2)  # (b, h, n) -> (b, g, r, n)
 
 
-def _broken(x: Float[Tensor, "*rows d"]) -> Bool[Tensor, "*rows"]:
+def broken_rows(x: Float[Tensor, "*rows d"]) -> Bool[Tensor, "*rows"]:
     """Rows that hold a NaN or inf.
 
     One reduction is many times faster than isfinite and all; 0 · x would do too, but torch.compile
@@ -150,7 +163,7 @@ def _broken(x: Float[Tensor, "*rows d"]) -> Bool[Tensor, "*rows"]:
     return ~x.detach().abs().amax(-1).isfinite()
 
 
-def _known_intact(*tensors: Tensor) -> bool:
+def known_intact(*tensors: Tensor) -> bool:
     """Whether it is known that nothing is broken: then nothing need be isolated.
 
     Asked of tensors at hand in a CPU's memory only. A GPU would have to be waited for, and under
@@ -177,7 +190,7 @@ def check(
     generator: torch.Generator | None,
 ) -> Inputs:
     """The arguments of `attention` as `Inputs`, or an error that names the culprit."""
-    query, key, value, bias = _autocast(query, key, value, bias)
+    query, key, value, bias = autocast(query, key, value, bias)
     _check_tensors(query, key, value)
     _check_shapes(query, key, value)
     if mask is not None:
@@ -198,11 +211,11 @@ def check(
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     return Inputs(
         query, key, value, mask, bias, float(scale), dropout_p,
-        return_weights, return_lse, generator, _known_intact(query, key, value),
+        return_weights, return_lse, generator, known_intact(query, key, value),
     )  # fmt: skip
 
 
-def _autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Under torch.autocast, cast as PyTorch's own attention would (float64 is left alone)."""
     if not isinstance(query, Tensor) or query.dtype not in FLOATS[:3]:
         return query, *others

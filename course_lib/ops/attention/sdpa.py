@@ -61,7 +61,7 @@ def _sdpa(inputs: Inputs, attn_mask: Tensor | None = None, is_causal: bool = Fal
         # SDPA wants one dtype, and rounding the bias to float16 would turn -1e9 into -inf.
         dtype = attn_mask.dtype
     elif inputs.needs_grad and q.device.type == "cpu":
-        # A CPU's backward pass in half precision takes several times as long as in float32.
+        # A CPU's backward pass is slower in half precision than in float32.
         dtype = torch.promote_types(dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     # A constant: where torch.compile leaves the sizes open, a comparison of them is no plain bool.

@@ -14,10 +14,8 @@ Sources: Rabe & Staats 2021, "Self-attention Does Not Need O(n²) Memory"; Dao e
 from __future__ import annotations
 
 import math
-import sys
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ... import masks
 from .inputs import Inputs
+from .plans import clipped, kept
 
 CHUNK = 2**19
 """Scores held at once; 2 MiB of float32 stay in a processor's cache."""
@@ -39,20 +37,9 @@ def unsupported(inputs: Inputs) -> str | None:
     """Why the blockwise backend cannot serve this call, or None."""
     if inputs.return_weights:
         return "the blockwise backend never holds all weights at once"
-    if torch.compiler.is_compiling() or _is_traced(inputs.query):
-        return "the blockwise backend looks at the mask's tiles, which no compiler can trace"
     if inputs.query.device.type == "meta":
         return "the blockwise backend needs numbers, and the meta device has none"
-    tensors = (inputs.query, inputs.key, inputs.value, inputs.bias)
-    if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
-        return "the blockwise backend does not run under torch.func"
-    return None
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether somebody only asks for shapes, or writes down what is done."""
-    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not there: nobody traces
-    return isinstance(x, FakeTensor) or bool(tracer and tracer.get_proxy_mode())
+    return inputs.tiles_out_of_sight("the blockwise backend")
 
 
 def worth_it(inputs: Inputs) -> bool:
@@ -115,56 +102,21 @@ class Plan:
         return seen / max(1, n_q * n_k * (self.batch_size or 1) * (self.num_heads or 1))
 
 
-_PLANS: OrderedDict[tuple[Any, ...], tuple[Plan, masks.Mask]] = OrderedDict()
-KEPT = 32
-"""So many plans of late are kept, each with its mask, lest another gets the same id."""
-
-
-def make_plan(mask: masks.Mask | None, n_q: int, n_k: int, device: torch.device) -> Plan:
-    """The plan of a mask: made once for all masks that say the same."""
-    if mask is None:
-        mask = _EVERYTHING
-    rule = _fingerprint(mask)
-    if rule is None:
-        return _make_plan(mask, n_q, n_k, device)
-    key = (n_q, n_k, device, rule)
-    if key not in _PLANS:
-        _PLANS[key] = _make_plan(mask, n_q, n_k, device), mask
-        if len(_PLANS) > KEPT:
-            _PLANS.popitem(last=False)
-    _PLANS.move_to_end(key)
-    return _PLANS[key][0]
-
-
-_EVERYTHING = masks.from_dense(torch.ones(1, 1, dtype=torch.bool))
-
-
-def _fingerprint(value: Any) -> Any:
-    """What tells a rule from others: its numbers, and which tensors, written to how often.
-
-    None where a tensor does not count how often it is written to.
-    """
-    if isinstance(value, Tensor):
-        return None if value.is_inference() else (id(value), value._version)
-    if not is_dataclass(value):
-        return value
-    parts = [_fingerprint(getattr(value, field.name)) for field in fields(value)]
-    return None if None in parts else (type(value), *parts)
-
-
-def _make_plan(mask: masks.Mask, n_q: int, n_k: int, device: torch.device) -> Plan:
+@kept
+def make_plan(mask: masks.Mask, n_q: int, n_k: int, device: torch.device) -> Plan:
     """The cheapest plan: large tiles for fast products, small ones where they leave more out."""
     longest = max(n_q, n_k, 1)
     if longest <= 256:
         block = max(16, 2 ** math.ceil(math.log2(longest) - 1))
         return _plan_of(mask, n_q, n_k, block, device)
     plans = [_plan_of(mask, n_q, n_k, block, device) for block in (128, 64)]
-    # A product of 64 x 64 tiles takes about 1.3 times as long for each pair as one of 128 x 128.
+    # Small tiles make slower products: a pair in a tile of 64 is taken to cost 1.3 in one of 128.
     return min(plans, key=lambda plan: plan.share(n_q, n_k) * (1 + 48 / plan.block))
 
 
 def _plan_of(mask: masks.Mask, n_q: int, n_k: int, block: int, device: torch.device) -> Plan:
-    kinds, patterns = _kinds(mask.tiles(n_q, n_k, block, block, device))
+    table, patterns = clipped(mask.tiles(n_q, n_k, block, block, device))
+    kinds = table.cpu().numpy()  # -1 empty, 0 full, k for pattern k - 1
     rows = kinds.reshape(math.prod(kinds.shape[:3]), -1) if kinds.size else ()
     alike: dict[bytes, list[tuple[int, Any]]] = {}
     for place, row in enumerate(rows):
@@ -177,27 +129,12 @@ def _plan_of(mask: masks.Mask, n_q: int, n_k: int, block: int, device: torch.dev
         columns = np.stack([columns for _, columns in members])
         names = np.frombuffer(key, dtype=kinds.dtype)
         hidden = [
-            (slice(i * block, (i + 1) * block), ~patterns[k])
+            (slice(i * block, (i + 1) * block), ~patterns[k - 1])
             for i, k in enumerate(names.tolist()) if k
         ]  # fmt: skip
         batch, head, row, seen = (torch.from_numpy(x.copy()).to(device) for x in (*places, columns))
         groups.append(Group(batch, head, row, seen, hidden))
     return Plan(block, groups, mask.batch_size, mask.num_heads)
-
-
-def _kinds(tiles: masks.Tiles) -> tuple[Any, Bool[Tensor, "kinds block_q block_k"]]:
-    """A table (batch, heads, rows, columns): -1 empty, 0 full, else a number in the patterns.
-
-    A full tile that reaches beyond the last key is given a pattern that ends there.
-    """
-    block, ragged = tiles.block_k, tiles.n_k % tiles.block_k
-    table = tiles.table()
-    whole = torch.ones(1, tiles.block_q, block, dtype=torch.bool, device=table.device)
-    end = whole.clone()
-    end[:, :, ragged:] = ragged == 0
-    if ragged:
-        table[..., -1][table[..., -1] == 0] = len(tiles.patterns) + 1
-    return table.cpu().numpy(), torch.cat([whole, tiles.patterns, end])
 
 
 # --- the computation ------------------------------------------------------------------------------

@@ -9,12 +9,10 @@ Triton's interpreter, to be read, stepped through and tested.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import triton_runtime
 from .inputs import Inputs
@@ -38,22 +36,7 @@ def unsupported(inputs: Inputs) -> str | None:
         return reason
     if inputs.query.device.type == "cpu" and inputs.query.dtype == torch.bfloat16:
         return "Triton's interpreter computes wrong products in bfloat16"
-    return _untraceable(inputs)
-
-
-def _untraceable(inputs: Inputs) -> str | None:
-    if torch.compiler.is_compiling() or _is_traced(inputs.query):
-        return "the Triton kernels look at the mask's tiles, which no compiler can trace"
-    tensors = (inputs.query, inputs.key, inputs.value, inputs.bias)
-    if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
-        return "the Triton kernels do not run under torch.func"
-    return None
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether somebody only asks for shapes, or writes down what is done."""
-    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not there: nobody traces
-    return isinstance(x, FakeTensor) or bool(tracer and tracer.get_proxy_mode())
+    return inputs.tiles_out_of_sight("the Triton kernels")
 
 
 def attention(inputs: Inputs) -> tuple[Tensor, None, Tensor]:

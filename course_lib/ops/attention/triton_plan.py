@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ... import masks
+from .plans import clipped, kept
 
 
 @dataclass(frozen=True)
@@ -30,52 +29,12 @@ class Plan:
     patterns: Tensor
 
 
-_EVERYTHING = masks.from_dense(torch.ones(1, 1, dtype=torch.bool))
-_PLANS: OrderedDict[tuple[Any, ...], tuple[Plan, masks.Mask]] = OrderedDict()
-KEPT = 64
-"""So many plans of late are kept, each with its mask, lest another gets the same id."""
-
-
+@kept
 def make_plan(
-    mask: masks.Mask | None, n_q: int, n_k: int, block: tuple[int, int], device: torch.device
-) -> Plan:
-    """The plan of a mask: made once for all masks that say the same."""
-    mask = _EVERYTHING if mask is None else mask
-    rule = _fingerprint(mask)
-    if rule is None:
-        return _make_plan(mask, n_q, n_k, block, device)
-    key = (n_q, n_k, block, device, rule)
-    if key not in _PLANS:
-        _PLANS[key] = _make_plan(mask, n_q, n_k, block, device), mask
-        if len(_PLANS) > KEPT:
-            _PLANS.popitem(last=False)
-    _PLANS.move_to_end(key)
-    return _PLANS[key][0]
-
-
-def _fingerprint(value: Any) -> Any:
-    """What tells a rule from others: its numbers, and which tensors, written to how often.
-
-    None where a tensor does not count how often it is written to.
-    """
-    if isinstance(value, Tensor):
-        return None if value.is_inference() else (id(value), value._version)
-    if not is_dataclass(value):
-        return value
-    parts = [_fingerprint(getattr(value, field.name)) for field in fields(value)]
-    return None if None in parts else (type(value), *parts)
-
-
-def _make_plan(
     mask: masks.Mask, n_q: int, n_k: int, block: tuple[int, int], device: torch.device
 ) -> Plan:
-    tiles = mask.tiles(n_q, n_k, *block, device)
-    table, patterns = tiles.table(), tiles.patterns
-    if ragged := n_k % block[1]:
-        last = table[..., -1]
-        last[last == 0] = len(patterns) + 1  # full, up to where the keys end
-        end = (torch.arange(block[1], device=device) < ragged).expand(1, *block)
-        patterns = torch.cat([patterns, end])
+    """The plan of a mask for tiles of this size."""
+    table, patterns = clipped(mask.tiles(n_q, n_k, *block, device))
     return Plan(_listed(table), _listed(table.mT), patterns.to(torch.uint8))
 
 

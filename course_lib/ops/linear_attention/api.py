@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attention import BackendUnsupportedError
-from ..attention.inputs import FLOATS, _autocast, _broken, _known_intact, no_autocast
+from ..attention.inputs import FLOATS, autocast, broken_rows, known_intact, no_autocast
 from . import recurrent, reference, tiled
 
 BACKENDS: dict[str, ModuleType] = {
@@ -86,13 +86,13 @@ def linear_attention(
         TypeError, ValueError: an argument has the wrong type, dtype, rank, shape or device.
         BackendUnsupportedError: the backend asked for cannot serve this call.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     _check(query, key, value, state, causal, eps, chunk)
     attend, asked = _choose(backend, causal).attend, query.dtype
     dtype = torch.promote_types(asked, torch.float32)  # float16 would lose digits
     query, key, value = (x.to(dtype) for x in (query, key, value))
     spoiled = None
-    if causal and not _known_intact(query, key, value):  # else all see what is broken, if any is
+    if causal and not known_intact(query, key, value):  # else all see what is broken, if any is
         query, key, value, *spoiled = _isolate(query, key, value)
     with no_autocast(query.device):
         # (batch, heads, n_q, f) -> (batch, groups, heads / groups, n_q, f)
@@ -138,7 +138,7 @@ def _isolate(
 
     0 · NaN is NaN: left in, it would reach the queries of its chunk that may not see it.
     """
-    broken_query, broken = _broken(query), _broken(key) | _broken(value)
+    broken_query, broken = broken_rows(query), broken_rows(key) | broken_rows(value)
     n_q, n_k = query.shape[2], key.shape[2]
     seen = broken.int().cumsum(-1) > 0  # (b, g, n_k): up to this key there is one
     # Query i stands at key i + n_k - n_q; a negative pad cuts off.

@@ -1,4 +1,4 @@
-"""The same rotation as one product: neighbours (a, b) are the complex number a + ib."""
+"""The same rotation as one product, faster on a CPU: neighbours (a, b) are the number a + ib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def rotary(
     x: Float[Tensor, "batch heads length d_head"], positions: Int[Tensor, " length"], base: float
 ) -> Float[Tensor, "batch heads length d_head"]:
-    """Pair i at position p, times exp(iθ) with θ = p·base^(-2i/d): a third of the time on a CPU."""
+    """Pair i at position p, times exp(iθ) with θ = p·base^(-2i/d)."""
     d_head = x.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)  # angles lose their turns in float16
     pair = torch.arange(0, d_head, 2, device=x.device, dtype=dtype)  # 2i
