@@ -58,9 +58,7 @@ class Inputs:
 
     def tiles_out_of_sight(self, who: str) -> str | None:
         """Why `who` cannot look at the mask's tiles, or None: somebody traces the call, say."""
-        tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not there: nobody traces
-        traced = isinstance(self.query, FakeTensor) or bool(tracer and tracer.get_proxy_mode())
-        if torch.compiler.is_compiling() or traced:
+        if torch.compiler.is_compiling() or _is_traced(self.query):
             return f"{who} must look at the mask's tiles, which no compiler can trace"
         tensors = [t for t in (self.query, self.key, self.value, self.bias) if t is not None]
         if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
@@ -150,6 +148,12 @@ class Inputs:
         if seen.shape[1] == 1:
             return seen
         return seen.unflatten(1, (self.key.shape[1], -1)).any(2)  # (b, h, n) -> (b, g, r, n)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether somebody only asks for shapes, or writes down what is done."""
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not there: nobody traces
+    return isinstance(x, FakeTensor) or bool(tracer and tracer.get_proxy_mode())
 
 
 def broken_rows(x: Float[Tensor, "*rows d"]) -> Bool[Tensor, "*rows"]:
